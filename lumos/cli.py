@@ -51,12 +51,15 @@ LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
 MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
 """Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
+SETTING = re.compile(r"--(?=[a-z_]+(\.[a-z_]+)+=)")
+"""The dashes before an override that is written like an option, --section.key=value."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
 
 def program(argv: list[str] | None = None) -> int:
     """Do the same as `main` in a process of its own, whose threads are set up before torch is imported; see `lumos.threads`."""
+    open_streams()
     return main(argv, own_process="torch" not in sys.modules)
 
 
@@ -65,13 +68,25 @@ def main(argv: list[str] | None = None, *, own_process: bool = False) -> int:
 
     own_process: the environment of this process may be changed for the verb.
     """
+    code = 0
     try:
         code = run_verb(sys.argv[1:] if argv is None else argv, own_process)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has closed the pipe, as in `lumos --help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest of its buffer when it ends
+        if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as in `lumos --help | head -1`
+            return CLOSED_PIPE
+        return code or fail(f"the output cannot be written ({error.strerror}); make room, or write it elsewhere", 1)
     return code
+
+
+def open_streams() -> None:
+    """Give stdout and stderr a place if the caller has closed them, and let them escape characters that their encoding lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_verb(argv: list[str], own_process: bool = False) -> int:
@@ -190,12 +205,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, argv: list[str]) -> argparse.Namespace:
         """Return the arguments. Overrides (section.key=value) may stand anywhere among the options."""
-        has_overrides = any(action.dest == "overrides" for action in self._actions)
-        return self.parse_intermixed_args(argv) if has_overrides else self.parse_args(argv)
+        if not self.has_overrides:
+            return self.parse_args(argv)
+        return self.parse_intermixed_args([SETTING.sub("", word) for word in argv])
+
+    @property
+    def has_overrides(self) -> bool:
+        return any(action.dest == "overrides" for action in self._actions)
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
+        if self.has_overrides and (key := re.search(r"unrecognized arguments: --(\w+(\.\w+)+)", message)):
+            message += f", did you mean {key[1]}=VALUE?"
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             message += meant(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")

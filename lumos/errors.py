@@ -86,6 +86,12 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
+def instead(word: Any, known: Iterable[str], say: str = "allowed:") -> str:
+    """Return what the message on an unknown word goes on with: the known word that was meant, if one is close, and all of them."""
+    known = list(known)
+    return f"{meant(as_text(word), known) or ';'} {say} {', '.join(known)}"
+
+
 def as_text(value: Any, length: int = SHOWN_LENGTH) -> str:
     """Return `shown(value)`, but without quotes around a string.
 

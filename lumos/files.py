@@ -6,7 +6,6 @@ is complete or does not exist, even after a crash.
 
 from __future__ import annotations
 
-import codecs
 import errno
 import hashlib
 import json
@@ -36,6 +35,7 @@ from lumos.durable import (
 )
 from lumos.errors import SHOWN_LENGTH, NotFound, RunError, UserError, shown
 from lumos.locks import LOCK, Lock, LockHeld
+from lumos.wording import encoding_of, text_of
 
 CONFIG = "config.json"
 MAX_DOCUMENT_BYTES = 2**28  # for a JSON or text file
@@ -47,15 +47,15 @@ MAX_YAML_ALIASES = 1000
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, put: Callable[[Path, Path], object] = put_file) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; rename it to ``path`` when the block ends without an error.
 
     If the block ends with an error or Ctrl-C, the temporary file is removed and an older file stays as it
     was. Temporary files of killed processes are removed by the next call for the same path. After a power
     cut, ``path`` is the older or the new file. Missing parent folders are created. Raises UserError if the
-    parent folder cannot be created, RunError if writing fails.
+    parent folder cannot be created, RunError if writing fails. `put` is what renames the file.
     """
-    with _replacing(Path(path), put_file) as temporary:
+    with _replacing(Path(path), put) as temporary:
         yield temporary
 
 
@@ -136,7 +136,7 @@ def _copy_file(source: str | Path, target: str | Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, put: Callable[[Path, Path], None]) -> Iterator[Path]:
+def _replacing(path: Path, put: Callable[[Path, Path], object]) -> Iterator[Path]:
     _make_parents(path)
     sweep(path)
     temporary = temporary_name(path)
@@ -292,39 +292,6 @@ def read_prompts(path: str | Path, what: str, limit: int = MAX_DOCUMENT_BYTES, *
     return text
 
 
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be",
-}  # fmt: skip
-"""Encodings by the bytes with which editors mark them; UTF-32 stands before UTF-16, whose mark is its beginning."""
-WITHOUT_MARK = {
-    (False, True): "utf-16-le", (True, False): "utf-16-be",
-    (False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be",
-    (False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be",
-}  # fmt: skip
-"""Encodings by which of the first four bytes, or of the only two, of letters of English are zero."""
-
-
-def encoding_of(data: bytes) -> tuple[str, int]:
-    """Return the encoding of a text that begins with these bytes, and the length of its byte order mark.
-
-    Without a mark it is UTF-8, or UTF-16 or UTF-32 if the zero bytes of its first characters, letters of English, say so. One
-    character is not enough for UTF-16 unless it is the whole text, as U+4E00, with which many Chinese texts begin, has one too.
-    """
-    for name, mark in ((name, len(mark)) for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)):
-        return name, mark
-    return WITHOUT_MARK.get(tuple(byte == 0 for byte in data[:4]), "utf-8"), 0
-
-
-def text_of(data: bytes, errors: str = "strict") -> str:
-    """Return the text of bytes in UTF-8, or in the encoding that `encoding_of` finds, without a byte order mark.
-
-    `errors` is that of `bytes.decode` for bytes that are not text; by default UnicodeDecodeError is raised.
-    """
-    name, mark = encoding_of(data)
-    return data[mark:].decode(name, errors if name == "utf-8" or errors != "surrogateescape" else "replace")
-
-
 def existing_path(folder: Path, written: str) -> Path:
     """Return the path below `folder` that a user wrote into a file, in the form in which it exists, else as it is written.
 
@@ -376,12 +343,20 @@ def parse_json(text: str, where: str) -> Any:
     deep. The message begins with `where`.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise UserError(f"{where} is not valid JSON: {_why_not(error)}") from error
     if text.count("[") + text.count("{") > MAX_DOCUMENT_DEPTH:
         _check_nesting(value, where, "JSON")
     return value
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a JSON object; ValueError for a key with two different values, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and (wrong := next((key for key, value in pairs if found[key] != value), None)) is not None:
+        raise ValueError(f"the key {shown(wrong, 60)} stands twice in an object, with different values")
+    return found
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -429,6 +404,16 @@ class _BoundedLoader(yaml.SafeLoader):
         if self.aliases > MAX_YAML_ALIASES:
             raise yaml.YAMLError(f"it uses more than {MAX_YAML_ALIASES:,} aliases")
         return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:  # one of the two values would be lost
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {shown(key.value, 60)} stands twice in a section, again in line {line}")
+                seen.add((key.tag, key.value))
+        return node
 
     def flatten_mapping(self, node: Any) -> None:
         super().flatten_mapping(node)  # copies the entries of the mappings that `<<` merges
@@ -497,4 +482,4 @@ def folder_sha256(folder: Path, files: list[Path] | None = None) -> str:
     if files is None:
         files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in HASHED]
     lines = sorted(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in set(files))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -65,6 +65,12 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def check_no_adapter(folder: str | Path) -> None:
+    """Raise UserError if a folder holds an adapter, which transformers would load together with a model in it."""
+    if is_adapter(folder):
+        raise UserError(f"{folder} holds an adapter, which would be loaded with a model in it; give each a folder of its own")
+
+
 def add_adapters(model: nn.Module, lora: Lora) -> None:
     """Add new adapters to the model and freeze all other parameters. New adapters do not change its output."""
     peft = import_peft()
@@ -127,12 +133,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file} is damaged ({reason_of(error)}); copy the adapter again") from error
 
 
-def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, str], scale: float = 1.0) -> nn.Module:
+def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, str]) -> nn.Module:
     """Merge an adapter folder into the weights of a model and return the model.
 
     The result runs as fast as the base model and is saved like any model. `tokenizers` are the
-    `fingerprints` of the tokenizers of the model. `scale` multiplies what the adapter adds to the
-    weights. Raises UserError if the folder is not a LoRA adapter or
+    `fingerprints` of the tokenizers of the model. Raises UserError if the folder is not a LoRA adapter or
     is damaged, or if it was trained on another base model or with other tokenizers.
     """
     peft, folder = import_peft(), Path(folder)
@@ -173,8 +178,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, tokenizers: dict[str, st
                 f"{folder} is for another model: {as_text(name, 80)} has shape {found.get(name)}, this model needs "
                 f"{expected.get(name)}"
             )
-    scaled = {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in weights.items()}
-    peft.set_peft_model_state_dict(wrapped, scaled)
+    peft.set_peft_model_state_dict(wrapped, weights)
     return wrapped.merge_and_unload()
 
 

@@ -44,11 +44,16 @@ class ProgressLines(tqdm):
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """Return a progress bar on stderr, with the arguments of tqdm; no bar if the logger "lumos" is below WARNING (--quiet)."""
     file = options.setdefault("file", sys.stderr)
-    if options.pop("disable", None) or not LOGGER.isEnabledFor(logging.WARNING):
+    if options.pop("disable", None) or not LOGGER.isEnabledFor(logging.WARNING) or file is None:
         return tqdm(*args, **{**options, "disable": True})
-    if file.isatty():
+    if is_terminal(file):
         return tqdm(*args, **options)
     return ProgressLines(*args, **{**options, "mininterval": 1.0})
+
+
+def is_terminal(stream: Any) -> bool:
+    """Return whether a stream is a terminal. Programs without a console have None as stderr, or an object of their own."""
+    return bool(getattr(stream, "isatty", bool)())
 
 
 class BesideBars(logging.Handler):

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lumos.errors import NotFound, UserError, shown
+from lumos.errors import NotFound, UserError, instead, shown
 from lumos.files import read_json
 
 PACKAGES = ["lumos.models.lumos1", "lumos.models.stiv"]
@@ -114,7 +114,7 @@ def generator(name: str | None = None) -> Generator:
     if name is None:
         return next(iter(known.values()))
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"generator {shown(name)} is unknown; allowed: {', '.join(known)}")
+        raise UserError(f"generator {shown(name)} is unknown{instead(name, known)}")
     return known[name]
 
 
@@ -145,6 +145,15 @@ def find_preset(text: str) -> tuple[Generator, str]:
     return known[owners[0]], text
 
 
+def _meant_in(folder: Path) -> str:
+    """Return what a user may do who has named a folder without a config.json as a model."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: give it as lora (--lora), and its base model here"
+    if (folder / "export" / "config.json").is_file():
+        return f"it is a run, whose model is {folder / 'export'}"
+    return "give the folder of a saved or released model"
+
+
 def generator_of(folder: str | Path) -> Generator:
     """Return the generator of a model folder, by `model_type` in its config.json.
 
@@ -154,7 +163,7 @@ def generator_of(folder: str | Path) -> Generator:
     if not Path(folder).is_dir():
         raise NotFound(f"there is no model folder {folder}; give the folder of a saved or released model")
     if not path.exists():
-        raise NotFound(f"{folder} is no model folder: it has no config.json; give the folder of a saved or released model")
+        raise NotFound(f"{folder} is no model folder: it has no config.json; {_meant_in(Path(folder))}")
     config = read_json(path, "the config of a model")
     if not isinstance(config, dict):
         raise UserError(

@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -19,6 +20,7 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from lumos.errors import UserError
+from lumos.progress import is_terminal
 from lumos.version import __version__
 
 MALLOPT = {"trim threshold": (-1, 64 * 2**20), "mmap threshold": (-3, 4 * 2**20)}  # malloc.h: parameter, value in bytes
@@ -41,8 +43,8 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """Return the torch device of this name (cpu, cuda, cuda:1, mps).
+def pick_device(device: str | int | torch.device | None) -> torch.device:
+    """Return the torch device of this name (cpu, cuda, cuda:1, mps); a number is that of a GPU.
 
     None or "auto" means CUDA if it is available, else the CPU. "cuda" is the GPU number LOCAL_RANK, which a
     launcher such as deepspeed or torchrun sets for each process. Raises UserError for an unknown name and
@@ -50,6 +52,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -116,20 +120,68 @@ def return_freed_memory(device: torch.device) -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in MALLOPT.values())
 
 
+def _precision() -> str | tuple[str, ...]:
+    """Return how exact products of float32 are: in torch's one word, or in a word for each backend if these were set."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's word, where a backend has another
+        return tuple(backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn))
+
+
+def _set_precision(value: str | tuple[str, ...]) -> None:
+    if isinstance(value, str):
+        torch.set_float32_matmul_precision(value)
+        return
+    for backend, word in zip((torch.backends.cuda, torch.backends.mkldnn), value, strict=True):
+        backend.matmul.fp32_precision = word
+
+
+class _OfTheProcess:
+    """Defaults of torch that are one for all threads: the dtype of new tensors, and how exact products of float32 are.
+
+    They are plain from the first of the calls that run at a time until the last one has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._calls = threading.Lock(), 0
+        self._before: dict[Callable[[Any], None], Any] = {}
+
+    def enter(self) -> None:
+        plain = (
+            (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+            (_precision, _set_precision, "highest"),
+        )
+        with self._lock:
+            self._calls += 1
+            for get, change, value in plain:
+                if (found := get()) != value:
+                    self._before[change] = found
+                    change(value)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            while self._before and not self._calls:
+                change, value = self._before.popitem()
+                change(value)
+
+
+_OF_THE_PROCESS = _OfTheProcess()
+
+
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """Inside, new tensors are float32 on the CPU and no autocast changes dtypes, whatever the caller of the library has set.
+    """Inside, new tensors are float32 on the CPU, products of float32 are exact, and no autocast changes dtypes.
 
-    A result then depends on its arguments alone. The default dtype is one for all threads of the process.
+    A result then depends on its arguments alone, whatever the caller of the library has set.
     """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
     with ExitStack() as held:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 held.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32 or device.type != "cpu":
-            held.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
+        _OF_THE_PROCESS.enter()
+        held.callback(_OF_THE_PROCESS.leave)
+        if torch.get_default_device().type != "cpu":
             held.enter_context(torch.device("cpu"))
         yield
 
@@ -149,7 +201,7 @@ def each_in_plain_defaults(made: Generator[T, None, None]) -> Iterator[T]:
 @contextmanager
 def bars_on_terminals() -> Iterator[None]:
     """Inside, transformers shows progress bars only if stderr is a terminal."""
-    with nullcontext() if sys.stderr.isatty() else no_progress_bar():
+    with nullcontext() if is_terminal(sys.stderr) else no_progress_bar():
         yield
 
 

@@ -16,7 +16,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, as_text, meant, shown
+from lumos.errors import UserError, as_text, instead, shown
 from lumos.files import MAX_YAML_LENGTH, parse_yaml, read_text
 from lumos.shipped import find_config, find_shipped_models
 
@@ -140,8 +140,8 @@ def build(cls: type, raw: Any, path: str = "") -> Any:
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
     for key in raw:
         if key not in fields:
-            hint = meant(as_text(key), fields) or ";"
-            raise UserError(f"unknown key {_join(path, key)}{hint} allowed in {path or 'a config'}: {', '.join(fields)}")
+            where = f"allowed in {path or 'a config'}:"
+            raise UserError(f"unknown key {_join(path, key)}{instead(key, fields, where)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in raw.items():
@@ -193,8 +193,8 @@ def _check_range(metadata: typing.Mapping[str, Any], value: Any, path: str) -> N
     above, below = metadata["above"], metadata["below"]
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
-            allowed = ", ".join("null" if choice is None else str(choice) for choice in choices)
-            raise UserError(f"{path} is {shown(item)}; allowed: {allowed}")
+            allowed = ("null" if choice is None else str(choice) for choice in choices)
+            raise UserError(f"{path} is {shown(item)}{instead(item, allowed)}")
     for number in value if isinstance(value, (list, tuple)) else (value,):
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue

@@ -165,10 +165,10 @@ def prepare_process(
     divided by the processes of this run on the machine. If one of the variables in PASSIVE is set, waiting stays as it says.
     """
     count = given_count(asked, environ)
+    if count is None and stated_count(environ) is None:  # not set, or no number, as 0 is: then OpenMP takes all cores
+        count = max(1, machine().free_threads() // processes_here(environ))
     if count is not None:
         environ.update({name: str(count) for name in COUNT_VARIABLES if name in environ}, OMP_NUM_THREADS=str(count))
-    elif not any(environ.get(name) for name in COUNT_VARIABLES):
-        environ["OMP_NUM_THREADS"] = str(max(1, machine().free_threads() // processes_here(environ)))
     if not any(environ.get(name) for name in PASSIVE):
         environ.update(PASSIVE)
 
@@ -191,8 +191,13 @@ def threads_of_a_call(asked: int | None) -> Iterator[None]:
 
 def cores_in_use(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of threads that a prepared process uses; without a number in the environment, its allowed cores."""
+    return stated_count(environ) or Machine.now().allowed
+
+
+def stated_count(environ: Mapping[str, str]) -> int | None:
+    """Return the number of threads that the first set one of COUNT_VARIABLES states, or None."""
     text = next((environ[name] for name in COUNT_VARIABLES if environ.get(name)), "").split(",")[0].strip()
-    return int(text) if text.isdecimal() and int(text) else Machine.now().allowed
+    return int(text) if text.isdecimal() and int(text) else None
 
 
 Times = dict[str, tuple[int, int]]

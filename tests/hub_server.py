@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"POST {path}")
         if path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
             hub.repositories.setdefault(name, {})
             self.reply({"url": f"{hub.address}/{name}", "name": name, "id": name})
         elif path == "/api/validate-yaml":

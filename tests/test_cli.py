@@ -62,6 +62,23 @@ def test_text_to_video_writes_a_clip_and_its_record(generate, in_empty_folder):
     assert files(in_empty_folder) == [path, f"{path}.json"]
 
 
+def test_a_default_name_taken_during_the_work_is_kept(generate, monkeypatch):
+    from lumos import VideoPipeline
+
+    taken, stream = Path("outputs/x-3.mp4"), VideoPipeline.stream_encoded
+
+    def another_is_quicker(self, encoded, on_step):
+        taken.parent.mkdir(exist_ok=True)
+        taken.write_text("another's")
+        return stream(self, encoded, on_step)
+
+    monkeypatch.setattr(VideoPipeline, "stream_encoded", another_is_quicker)
+    code, out, _ = generate("--prompt", "x", "--seed", 3)
+    assert (code, taken.read_text()) == (0, "another's")
+    assert out[-1].startswith("outputs/x-3-2.mp4  seed 3")
+    assert json.loads(Path("outputs/x-3-2.mp4.json").read_text())["output"] == "outputs/x-3-2.mp4"
+
+
 def test_a_record_is_enough_to_make_the_clip_again(generate):
     generate("--prompt", "x", "--output", "a.webp")
     record = json.loads(Path("a.webp.json").read_text())

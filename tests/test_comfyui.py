@@ -17,6 +17,7 @@ from comfyui import Stopped, execute, widgets
 from micro_stiv import micro_pipeline
 
 from lumos import LumosPipeline, registry
+from lumos.data.trained_on import TrainedOn, write_trained_on
 from lumos.errors import UserError
 from lumos.pipeline.options import all_options
 from lumos.video.frames import on_white
@@ -295,9 +296,28 @@ def test_a_lora_changes_a_copy_of_the_model(nodes, model, adapter, micro_folder)
 def test_mistakes_with_a_lora(nodes, model, adapter):
     with pytest.raises(UserError, match="there is no adapter 'none' in models/loras; found: mine"):
         execute(nodes, "LumosLoraLoader", model=model, lora="none", strength=1.0)
-    changed = execute(nodes, "LumosLoraLoader", model=model, lora="mine", strength=1.0)[0]
-    with pytest.raises(UserError, match="the model has the adapter 'mine' already"):
-        execute(nodes, "LumosLoraLoader", model=changed, lora="mine", strength=1.0)
+
+
+def test_loras_in_a_row_add_up_and_bring_their_words(nodes, model, adapter, micro_folder):
+    model.trained_on = TrainedOn.of(["a red circle"])
+    write_trained_on(adapter, TrainedOn.of(["a blue cat"]))
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    whole = LumosPipeline.from_pretrained(micro_folder, lora=adapter, device="cpu").model.state_dict()
+    first = execute(nodes, "LumosLoraLoader", model=model, lora="mine", strength=0.25)[0]
+    second = execute(nodes, "LumosLoraLoader", model=first, lora="mine", strength=0.5)[0]
+    for pipe, strength in ((second, 0.75), (first, 0.25), (model, 0.0)):
+        for name, tensor in pipe.model.state_dict().items():
+            assert torch.allclose(tensor, before[name] + strength * (whole[name] - before[name]), atol=1e-6)
+    assert (first.trained_on.note(["a blue circle"]), second.trained_on.note(["a blue circle"])) == (None, None)
+    assert "blue" in model.trained_on.note(["a blue circle"])
+
+
+def test_images_in_half_precision_are_taken(nodes, model):
+    node = nodes.NODE_CLASS_MAPPINGS["LumosImageToVideo"]
+    given = torch.rand(1, 16, 24, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    asked = {**widgets(node), "prompt": "x", "seed": 3, "num_frames": 5}
+    half, exact = (execute(nodes, "LumosImageToVideo", model=model, images=images, **asked)[0] for images in (given, given.float()))
+    assert torch.equal(half, exact)
 
 
 def test_the_manager_can_read_what_the_nodes_are(repo):

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import random
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_a_clip_does_not_depend_on_its_batch(folder):
 
 
 def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
-    """A clip depends neither on torch's default dtype and device, nor on its random state."""
+    """A clip depends neither on torch's default dtype, device and precision, nor on random states, which stay as they are."""
     pipe = VideoPipeline.from_pretrained(folder, device="cpu")
     expected = pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames
     again = pipe.reconstruct(expected[0])
@@ -196,15 +197,18 @@ def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
         torch.manual_seed(int(1e6))
         torch.set_default_dtype(dtype)
         torch.set_default_device(device)
+        torch.set_float32_matmul_precision("medium")
         try:
             found = pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames
             parts = list(pipe.stream("a red circle", seed=3, num_inference_steps=1))
             assert torch.get_default_dtype() == dtype
             assert torch.get_default_device().type == (device or "cpu")
+            assert torch.get_float32_matmul_precision() == "medium"
             assert np.array_equal(pipe.reconstruct(expected[0]), again)
         finally:
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
+            torch.set_float32_matmul_precision("highest")
         assert np.array_equal(found, expected)
         assert np.array_equal(np.concatenate([part[0] for part in parts]), expected[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -213,6 +217,19 @@ def test_a_clip_does_not_depend_on_what_the_caller_set(folder):
     with torch.device("meta"):
         pipe = VideoPipeline.from_pretrained(folder, device="cpu")
     assert np.array_equal(pipe("a red circle", seed=3, num_inference_steps=1, output_type="uint8").frames, expected)
+
+
+def test_a_drawn_seed_does_not_come_from_the_caller(folder):
+    pipe = VideoPipeline.from_pretrained(folder, device="cpu")
+    seeds = []
+    for _ in range(2):
+        random.seed(1)
+        torch.manual_seed(1)
+        before = random.getstate(), torch.get_rng_state()
+        seeds += pipe("x", num_inference_steps=1, num_frames=1, output_type="latent").seeds
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+    assert seeds[0] != seeds[1]
 
 
 def test_a_pipeline_is_loaded_and_saved_without_bars_in_a_pipe(folder, tmp_path, capfd):
@@ -320,7 +337,7 @@ def test_a_prefix_only_generator_refuses_a_last_image(micro_folder, toy_folder):
 
 def test_options_of_another_generator_are_refused(micro_folder, capsys):
     assert main(["generate", "--model", str(micro_folder), "--prompt", "x", "--noise-scale", "2"]) == 2
-    assert "noise_scale is no sampling option of lumos1; allowed: num_inference_steps" in capsys.readouterr().err
+    assert "noise_scale is no sampling option of lumos1, did you mean guidance_scale?" in capsys.readouterr().err
 
 
 # ---- a new option is found in every table that is derived

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lumos.errors import NotFound, UserError, printable, shown
-from lumos.files import check_model_config, parse_json, parse_yaml, read_json, read_text
+from lumos.files import check_model_config, folder_sha256, parse_json, parse_yaml, read_json, read_text
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
@@ -32,6 +32,15 @@ def test_a_number_of_thousands_of_digits_is_named(parse, form):
     with pytest.raises(UserError) as error:
         parse('{"a": ' + "9" * 5000 + "}", "where")
     assert str(error.value) == f"where is not valid {form}: it has a number of thousands of digits; shorten it"
+
+
+def test_a_key_that_stands_twice_is_refused():
+    for parse, text in ((parse_json, '[{"b": {"a": 1, "a": 2}}]'), (parse_yaml, "b:\n  a: 1\n  a: 2\n")):
+        with pytest.raises(UserError, match=r"where is not valid .*: the key 'a' stands twice"):
+            parse(text, "where")
+    assert parse_json('{"a": 1, "a": 1}', "where") == {"a": 1}
+    merged = parse_yaml("b: &b {a: 1}\nc: &c {<<: *b, a: 3}\nd: {<<: *c, e: 1}\n", "where")
+    assert merged == {"b": {"a": 1}, "c": {"a": 3}, "d": {"a": 3, "e": 1}}
 
 
 def test_documents_within_the_limits_are_read():
@@ -68,3 +77,8 @@ def test_a_config_that_transformers_would_not_read_is_said(tmp_path, encoding, s
     (tmp_path / "config.json").write_text('{"model_type": "lumos1"}', encoding=encoding)
     with pytest.raises(UserError, match=f"{said}.*save it as UTF-8 without a mark"):
         check_model_config(tmp_path)
+
+
+def test_a_folder_with_names_that_are_not_utf8_has_a_hash(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.json")).write_text("{}")
+    assert len(folder_sha256(tmp_path)) == 64

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from lumos import VideoPipeline
 from lumos.cli import main
 from lumos.commands import finetune, ingest
-from lumos.commands.finetune import held_by_tokenizer
+from lumos.commands.finetune import device_of, held_by_tokenizer
+from lumos.errors import UserError
 from lumos.files import write_json
 from lumos.training.loop import Run
 from lumos.video.io import write_video
@@ -30,6 +31,13 @@ QUICK = [
     "--device", "cpu",
 ]  # fmt: skip
 OWN = {"settings": {"data": {"source": "worlds", "options": {"kinds": ["shapes"]}, "stages": []}, "training": {}}}
+
+
+def test_the_device_may_be_an_override():
+    assert device_of(None, ["training.lr=1", "training.device=cpu"]) == device_of("cpu", ["training.device=cpu"]) == "cpu"
+    assert (device_of("cuda", []), device_of(None, [])) == ("cuda", None)
+    with pytest.raises(UserError, match="name two devices; give one"):
+        device_of("cuda", ["training.device=cpu"])
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -58,6 +59,8 @@ def test_a_misspelled_word_gets_the_one_that_was_meant(capsys):
         (["trian"], "verb 'trian', did you mean train?"), (["--verison"], "mean --version?"),
         (["generate", "--promt", "x"], "mean --prompt?"),
         (["evaluate", "promts"], "mean prompts?"), (["generate", "--dtype", "float23"], "mean float32?"),
+        (["evaluate", "loss", "--modle", "x"], "mean --model?; `lumos evaluate loss --help`"),
+        (["plan", "--config", "x", "--training.max_steps", "5"], "mean training.max_steps=VALUE?"),
     ):  # fmt: skip
         assert main(words) == 2
         assert answer in capsys.readouterr().err
@@ -72,8 +75,41 @@ def test_overrides_may_stand_anywhere(repo, capsys):
         ["--config", config, *overrides, "--gpus", "1", "--json"],
         ["--config", config, overrides[0], "--gpus", "1", "--json", overrides[1]],
         [overrides[0], "--config", config, overrides[1], "--json", "--gpus", "1"],
+        [f"--{overrides[0]}", "--config", config, "--json", f"--{overrides[1]}"],
     ):
         assert main(["plan", *words]) == 0
         planned = json.loads(capsys.readouterr().out)
         found.append([planned["parameters"], planned["total"]["flops"], planned["total"]["tokens"]])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_overrides_of_parts_and_before_clips(capsys):
+    for words, answer in (
+        (["compress", "distill", "distill.icd=0.3", "--config", "nowhere", "distill.icd=0.2"], "no config file nowhere"),
+        (["compress", "auto", "training.lr=1", "--model", "nowhere", "training.betas=1", "--target-speedup", "2"], "nowhere"),
+        (["finetune", "training.lr=1e-4", "nowhere", "--out", "x", "training.betas=1"], "no source nowhere;"),
+    ):
+        assert main(words) == 2
+        assert answer in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closing", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)])
+def test_streams_that_are_closed_or_full(repo, closing, code):
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m lumos --version {closing}"], cwd=repo, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert done.stdout == ("" if ">&-" in closing[:3] or code else f"lumos {__version__}\n")
+    assert done.stderr == ("error: the output cannot be written (No space left on device); make room, or write it elsewhere\n"
+                           if code else "")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_characters_that_the_encoding_of_the_output_lacks(repo):
+    done = subprocess.run(
+        [sys.executable, "-c", "import lumos.cli as c, sys; c.open_streams(); print('红'); sys.exit(c.program(['plot', '红']))"],
+        cwd=repo, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, b"\\u7ea2\n")
+    assert b"there is no log \\u7ea2" in done.stderr

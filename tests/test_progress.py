@@ -13,6 +13,7 @@ import pytest
 from lumos import progress
 from lumos.cli import main
 from lumos.progress import LOGGER, ProgressLines, progress_bar
+from lumos.runtime import bars_on_terminals
 
 
 class Terminal(io.StringIO):
@@ -26,6 +27,13 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
+
+
+@pytest.mark.parametrize("stderr", [None, type("Console", (), {"write": lambda self, text: None, "flush": lambda self: None})()])
+def test_programs_without_a_console(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with bars_on_terminals(), progress_bar(range(3)) as bar:
+        assert list(bar) == [0, 1, 2]
 
 
 def test_no_terminal_gets_a_line_each_minute(clock):

@@ -161,7 +161,7 @@ class ToyPipeline(VideoPipeline):
     def step_hook(self, callback, names, encoded, done):
         return lambda frame, step, state: callback(self, step, 0, dict.fromkeys(names, state)) and None
 
-    def is_open(self, state):
+    def is_open(self, resolved, step, state):
         return False
 
 

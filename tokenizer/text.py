@@ -23,6 +23,8 @@ from lumos.files import parse_json, read_bytes, read_prompts, updating_folder
 
 FILE_NAMES = ("text_tokenizer.json", "tokenizer.json", "text_tokenizer.model", "tokenizer.model")
 SUBFOLDER = "text_tokenizer"
+PLACES = "|".join(map(re.escape, (*FILE_NAMES, SUBFOLDER)))
+"""Pattern of the names in a folder under which a text tokenizer is looked for."""
 MAX_VOCABULARY = 2**24
 MAX_TEXT_LENGTH = 2**20
 MAX_CAPTIONS_BYTES = 2**30

@@ -29,17 +29,17 @@ def haar_matrix(patch_size: int, num_axes: int = 3) -> Tensor:
     patch in row-major order. The inverse is the transpose times p^n.
     """
     num_levels = patch_size.bit_length() - 1
-    place = torch.arange(patch_size)
+    place = torch.arange(patch_size, device="cpu")  # not the caller's default device: the matrix is kept for all later calls
     count = patch_size**num_axes
-    sign_bits = torch.zeros(count, count, dtype=torch.long)
-    band = torch.arange(count)
+    sign_bits = torch.zeros(count, count, dtype=torch.long, device="cpu")
+    band = torch.arange(count, device="cpu")
     places = torch.stack(torch.meshgrid(*[place] * num_axes, indexing="ij")).reshape(num_axes, count)
     for level in range(num_levels):
         for axis in range(num_axes):
             band_bit = band >> (num_axes * level + num_axes - 1 - axis) & 1
             place_bit = places[axis] >> level & 1
             sign_bits += band_bit[:, None] * place_bit[None, :]
-    return (1.0 - 2.0 * (sign_bits % 2)) / count
+    return (1.0 - 2.0 * (sign_bits % 2).float()) / count
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,6 @@ model.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lumos import VideoPipeline
 from lumos.errors import UserError, shown
-from lumos.lora import fingerprints, is_adapter, merge_adapter
+from lumos.lora import is_adapter
 from lumos.pipeline.inputs import MAX_SEED
 from lumos.pipeline.options import CHOICE, FLAG, WHOLE, Option, all_options
 from lumos.pipeline.request import Request
@@ -94,7 +93,7 @@ class LumosLoraLoader:
     RETURN_NAMES = ("model",)
     FUNCTION = "load"
     CATEGORY = "Lumos"
-    DESCRIPTION = "Adds a LoRA adapter, the export of a fine-tuning run with lora.rank, to a copy of a model."
+    DESCRIPTION = "Adds a LoRA adapter, the export of a run with lora.rank, to a copy of a model; several in a row add up."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -111,13 +110,9 @@ class LumosLoraLoader:
         folders = adapter_folders()
         if lora not in folders:
             raise UserError(f"there is no adapter {shown(lora)} in models/{ADAPTERS}; found: {', '.join(folders) or 'none'}")
-        if getattr(model, "adapter", None) is not None:
-            raise UserError(f"the model has the adapter {shown(model.adapter)} already; connect the loader's model, one LoRA each")
-        changed = copy.copy(model)  # the tokenizers are shared; ComfyUI may go on using the model as it came
-        vars(changed).pop("_calls_of_threads", None)
-        folder = model.model.name_or_path
-        changed.model = merge_adapter(copy.deepcopy(model.model), folders[lora], fingerprints(folder, folder), strength)
-        changed.adapter = lora
+        changed = model.copied()  # ComfyUI may go on using the model as it came
+        changed.load_lora_weights(folders[lora])
+        changed.set_scale(strength)
         return (changed,)
 
 
@@ -206,7 +201,7 @@ class LumosImageToVideo(LumosTextToVideo):
 
 def pixels(images: Tensor) -> np.ndarray:
     """Return an IMAGE as an array [B, H, W, 3], or [B, H, W, 4] with opacity, in [0, 1]."""
-    return images.clamp(0, 1).cpu().numpy()
+    return images.float().clamp(0, 1).cpu().numpy()
 
 
 DEFAULT = "default"

@@ -118,7 +118,7 @@ def chosen_plan(args: argparse.Namespace, network: Network) -> Plan:
 def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_sizes: bool) -> Plan:
     """Return the plan of --plan and --keep, before --remove and --size."""
     from lumos.compression.plans import OF_SCORES, Plan, check_keep
-    from lumos.errors import UserError, shown
+    from lumos.errors import UserError, instead, shown
 
     kind, own, usual = kind_of(whole, args.units), whole.named_plans(), next(iter(whole.unit_kinds))
     units = list(whole.units(kind))
@@ -134,7 +134,7 @@ def plan_by_rule(args: argparse.Namespace, network: Network, whole: Any, has_siz
     check_keep(units, args.keep, 1 if network.part == "model" and kind == usual else 0, ends)
     rule = args.plan or usual_rule(args.keep, len(units))
     if rule not in RULES:
-        raise UserError(f"--plan {shown(rule)} is unknown; allowed: {', '.join((*RULES, *own))}, or a JSON file of a plan")
+        raise UserError(f"--plan {shown(rule)} is unknown{instead(rule, (*RULES, *own))}, or a JSON file of a plan")
     for flag, given in (("--scores", args.scores), ("--measure", args.measure)):
         if given is not None and rule not in OF_SCORES:
             raise UserError(f"{flag} has no effect with the plan {rule}; leave it out")

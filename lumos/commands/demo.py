@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumos import registry
-from lumos.commands.loading import PLACES, add_loading, circumstances, load, metadata
+from lumos.commands.loading import PLACES, add_loading, circumstances, ended_by_sigterm, load, metadata
 from lumos.errors import UserError
 from lumos.files import read_prompts
+from lumos.wording import is_blank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +85,7 @@ def start(
     keys: Keys | None = None,
     replicas: AbstractContextManager[Replicas] | None = None,
 ) -> None:
-    """Load the model and serve until Ctrl-C.
+    """Load the model and serve until Ctrl-C or SIGTERM.
 
     examples, keys: those of `lumos.demo.server.build_app`. replicas: makes the replicas that make the clips; the model, which
     then only checks the requests, is loaded on the CPU.
@@ -100,7 +101,10 @@ def start(
         registry.generator_of(local_folder(args.model))  # a wrong folder is refused before anything is written
     limits = Limits(**{entry.name: getattr(args, entry.name) for entry in fields(Limits)})
     hosts = Hosts(args.allowed_host, args.host)
-    with only_writer(args.root, "server"), listen(args.host, args.port) as listener, replicas or nullcontext() as ready:
+    with (
+        ended_by_sigterm(), only_writer(args.root, "server"), listen(args.host, args.port) as listener,
+        replicas or nullcontext() as ready,
+    ):  # fmt: skip
         pipe, model = load(args if ready is None else argparse.Namespace(**{**vars(args), "device": "cpu"}))
         named = without_folders(args)
         service = Service(
@@ -118,4 +122,4 @@ def without_folders(args: argparse.Namespace) -> argparse.Namespace:
 def read_examples(path: Path) -> list[str]:
     """Return the prompts of a text file, without empty lines."""
     text = read_prompts(path, "examples, one prompt a line", MAX_EXAMPLES_BYTES, pipes=True)
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in text.split("\n") if not is_blank(line)]

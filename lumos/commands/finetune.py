@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ SHEET_CLIPS = 6
 LOW_PSNR, FAIR_PSNR = 25.0, 30.0
 """Below the first number of dB, a clip that the tokenizer encodes and decodes loses much; below the second, fine detail."""
 REPLAY = 0.5
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +53,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.runtime import pick_device
     from lumos.training.finetuning import finetune_settings
 
+    words = [args.source, *args.overrides]
+    if len(plain := [word for word in words if not OVERRIDE.match(word)]) == 1:  # an override may stand before the clips
+        args.source, args.overrides = plain[0], [word for word in words if OVERRIDE.match(word)]
     check_counts(args, steps=(1, MAX_STEPS), clips_per_video=(1, MAX_CLIPS_OF_A_VIDEO))
     if args.replay is not None and not 0 <= args.replay < 1:
         raise UserError(f"--replay {args.replay:g} is not allowed; give a share from 0 to below 1")
-    args.device, out = str(pick_device(args.device)), Path(args.out)
+    args.device, out = str(pick_device(device_of(args.device, args.overrides))), Path(args.out)
     base = base_of(args.model)
     clips = FinetuneClips(args, base, listed(args))
     replay, notes = share_of_replay(args.replay, base)
@@ -71,6 +76,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         return {"finetune": args.out, "dry_run": True, "clips": len(clips.listing.usable), "psnr": psnr, "settings": settings}
     return job.run(psnr) | {"replay": replay, "psnr": psnr}
+
+
+def device_of(asked: str | None, overrides: list[str]) -> str | None:
+    """Return the device of --device, or that of an override; UserError if they differ."""
+    from lumos.errors import UserError, shown
+
+    names = [word.partition("=")[2] for word in overrides if word.startswith("training.device=")]
+    if names and asked not in (None, names[-1]):
+        raise UserError(f"--device {shown(asked)} and training.device={names[-1]} name two devices; give one of them")
+    return names[-1] if names else asked
 
 
 def share_of_replay(asked: float | None, base: Base) -> tuple[float, list[str]]:

@@ -110,10 +110,18 @@ def make_one(args: argparse.Namespace) -> dict[str, Any]:
     if args.own_process:
         gc.disable()  # until the model is loaded: nearly all objects of imports stay, and the collector would search them in vain
 
+    from lumos.durable import put_file
     from lumos.files import check_writable, file_identity, write_json
     from lumos.pipeline.inputs import align, check_prompt
     from lumos.pipeline.request import needs_words
-    from lumos.prompt_lists.clips import check_prompt_frames, default_name, free_name, prompts_over_time, record_path
+    from lumos.prompt_lists.clips import (
+        check_prompt_frames,
+        default_name,
+        free_name,
+        prompts_over_time,
+        put_under_free_name,
+        record_path,
+    )
     from lumos.prompt_lists.rows import PATHS
     from lumos.video.io import check_output, write_frames
 
@@ -124,10 +132,12 @@ def make_one(args: argparse.Namespace) -> dict[str, Any]:
     seed = align(args.prompt[0], seed=args.seed and args.seed[0], needs_words=words)["seed"][0]
     begins_with = {file_identity(path) for name in PATHS if (path := getattr(args, name)) is not None}
 
+    def usual_output(num_frames: int | None) -> Path:
+        return Path("outputs", default_name(args.prompt[0], num_frames == 1, after=f"-{seed}"))
+
     def checked_output(num_frames: int | None, fps: float = 1) -> Path:
         """Return the path of the result. Raises UserError if it, its JSON record or the preview cannot be written."""
-        usual = f"outputs/{default_name(args.prompt[0], num_frames == 1, after=f'-{seed}')}"
-        output = free_name(Path(usual)) if args.output is None else Path(args.output)
+        output = free_name(usual_output(num_frames)) if args.output is None else Path(args.output)
         check_output(output, num_frames, fps, keep=begins_with)
         check_writable(record_path(output))
         if args.preview is not None:
@@ -155,7 +165,15 @@ def make_one(args: argparse.Namespace) -> dict[str, Any]:
     with collected_notes() as notes:
         resolved = pipe.resolve(request)
         pipe.check_pictures(resolved)
-    output = checked_output(resolved.clip.num_frames, resolved.clip.fps)
+    output, named = checked_output(resolved.clip.num_frames, resolved.clip.fps), []
+
+    def put(source: Path, target: Path) -> None:
+        """Give the finished file its name. A default name is chosen again, as another process may have taken it meanwhile."""
+        if args.output is None:
+            named.append(put_under_free_name(source, usual_output(resolved.clip.num_frames)))
+        else:
+            put_file(source, target)
+
     about = metadata(args, model, args.prompt[0], seed)
     advice = planned(pipe, resolved.clip, resolved.sampling, args.prompt[0])
     bar_of = {"total": resolved.new_frames, "bar_format": BAR, "file": sys.stderr, "leave": False}
@@ -170,7 +188,9 @@ def make_one(args: argparse.Namespace) -> dict[str, Any]:
             parts: Iterable[np.ndarray] = (part for (part,) in pipe.stream_encoded(encoded, on_step))
             if args.preview is not None:
                 parts = previewed(parts, Path(args.preview), resolved.clip.fps)
-            written = write_frames(output, parts, resolved.clip.fps, about)
+            written = write_frames(output, parts, resolved.clip.fps, about, put)
+    if args.output is None:
+        written = output = named[0]
     generated, total = time.perf_counter(), seconds_since_start()
     circumstance = circumstances(args, pipe)
     record = {

@@ -82,6 +82,7 @@ def make_share(args: argparse.Namespace, bars: bool = True) -> Share:
     """Make the clips of this process's share. bars: show a progress bar."""
     from lumos.errors import UserError, printable
     from lumos.progress import LOGGER
+    from lumos.prompt_lists.clips import with_free_name
     from lumos.prompt_lists.results import only_shard, parse_shard
 
     shard, out = parse_shard(args.shard), Path(args.output_dir or OUTPUT_DIR)
@@ -96,8 +97,15 @@ def make_share(args: argparse.Namespace, bars: bool = True) -> Share:
     if not clips:
         raise UserError(f"none of the {len(rows)} rows of {args.prompts} can be made, for the reasons above")
     with ended_by_sigterm(), only_shard(out, shard):
+        if has_default_names(args):  # again, as another process may have taken some before this one had the lock
+            clips = [with_free_name(out, clip) for clip in clips]
         made, failed = make_clips(args, pipe, model, clips, shard, out, notes, bars)
     return Share(made, failed, len(clips), len(rows), len(problems))
+
+
+def has_default_names(args: argparse.Namespace) -> bool:
+    """Return whether the clips have names that no one asked for, which are never written over."""
+    return args.prompts is None and args.output_dir is None
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -171,7 +179,7 @@ def check_rows(
             found = clips_of(row, request, resolved, inputs, numbered=args.prompts is not None)
             if not found:
                 raise UserError("the row asks for no clip")
-            if args.prompts is None and args.output_dir is None:
+            if has_default_names(args):
                 found = [with_free_name(out, clip) for clip in found]
             for clip in found:
                 check_file(out, clip, keep)

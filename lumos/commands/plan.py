@@ -91,6 +91,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from lumos.device_peak import peak_flops
     from lumos.errors import UserError
     from lumos.pipeline.defaults import shipped_model
+    from lumos.pipeline.hub import is_repository, local_folder
     from lumos.pipeline.inputs import override
     from lumos.runtime import pick_device
 
@@ -99,6 +100,7 @@ def generation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     folder, preset = None, None
     if args.preset is None:
         folder = shipped_model() if args.model is None else args.model
+        folder = local_folder(folder) if is_repository(folder) else folder
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder} is no model folder: it has no config.json; give one, or a --preset")
         generator = registry.generator_of(folder)
@@ -125,7 +127,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
     import torch
 
     from lumos.device_peak import peak_flops
-    from lumos.errors import UserError
+    from lumos.errors import UserError, instead
     from lumos.planning.gpus import GIB, GPUS, Hardware
     from lumos.training.engine import pick_precision
 
@@ -140,7 +142,7 @@ def hardware(args: argparse.Namespace, settings: Any) -> Any:
         return Hardware("CPU process", args.gpus, int(memory), speed)
     name = (args.gpu or "h100").lower()
     if name not in GPUS:
-        raise UserError(f"--gpu {args.gpu} is unknown; allowed: {', '.join(GPUS)}, or give --gpu-memory and --peak-tflops")
+        raise UserError(f"--gpu {args.gpu} is unknown{instead(name, GPUS)}, or give --gpu-memory and --peak-tflops")
     if args.gpu and args.gpu_memory and peak:
         raise UserError(f"--gpu {args.gpu} has no effect with both its memory and its peak given; leave it out")
     memory, known = GPUS[name]

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumos.errors import UserError
+    from lumos.errors import UserError, instead
     from lumos.files import check_writable
 
     if not args.out.lower().endswith(SUFFIXES):
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     runs = {name: read_curves(name) for name in args.runs}
     known = list(dict.fromkeys(panel_of(field) for curves in runs.values() for field in curves))
     if unknown := [field for field in args.fields or () if field not in known]:
-        raise UserError(f"--fields: no log has {as_text(unknown[0])}; there are {as_text(', '.join(known), 1000)}")
+        raise UserError(f"--fields: no log has {as_text(unknown[0])}{as_text(instead(unknown[0], known, 'there are'), 1000)}")
     if args.fields and args.all:
         raise UserError("--fields and --all exclude each other; give one of them")
     draw(runs, args.fields or (known if args.all else most_important(known)), args.out)
@@ -93,10 +93,14 @@ def lines_of(runs: dict[str, Curves], panel: str) -> Iterator[tuple[int, str, st
         for field in (field for field in curves if panel_of(field) == panel):
             style = ":" if field.endswith("_ema") else "--" if field.startswith("val_") else "-"
             rows = [(step, value if isinstance(value, list) else [value]) for step, value in curves[field]]
-            used = [k for k in range(len(rows[0][1])) if any(values[k] is not None for _, values in rows)]
+            most = max(len(values) for _, values in rows)  # a run may go on with clips of another length
+            of_each = [
+                [(step, values[k]) for step, values in rows if k < len(values) and values[k] is not None] for k in range(most)
+            ]
+            used = [k for k, points in enumerate(of_each) if points]
             for nth, k in enumerate(used):
-                points = [(step, values[k]) for step, values in rows if values[k] is not None]
-                label = f"{name} {field}" + (f" {k}" if len(rows[0][1]) > 1 else "")
+                points = of_each[k]
+                label = f"{name} {field}" + (f" {k}" if most > 1 else "")
                 yield number, drawable(label), style, 1 - 0.8 * nth / len(used), points
 
 
@@ -105,7 +109,8 @@ def best_of(curves: Curves, panel: str) -> tuple[str, float, int] | None:
 
     The best value is the highest of a speed, else the lowest. None for fields with several values.
     """
-    fields = [field for field in curves if panel_of(field) == panel and not isinstance(curves[field][0][1], list)]
+    single = [field for field, points in curves.items() if not any(isinstance(value, list) for _, value in points)]
+    fields = [field for field in single if panel_of(field) == panel]
     if not fields:
         return None
     field = max(fields, key=lambda name: (name.startswith("val_"), name.endswith("_ema")))

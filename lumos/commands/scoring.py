@@ -182,11 +182,11 @@ def clips_of(
 
 def kind_of(network: Any, kind: str | None) -> str:
     """Return the kind of units that is meant; None is the usual one. Raises UserError for an unknown kind."""
-    from lumos.errors import UserError, shown
+    from lumos.errors import UserError, instead, shown
 
     known = network.unit_kinds
     if kind is not None and kind not in known:
-        raise UserError(f"--units {shown(kind)} is unknown; allowed: {', '.join(known)}")
+        raise UserError(f"--units {shown(kind)} is unknown{instead(kind, known)}")
     return next(iter(known)) if kind is None else kind
 
 

@@ -39,16 +39,24 @@ def summary(path: str) -> str:
     return importlib.import_module(path).__doc__.splitlines()[0].partition(": ")[2]
 
 
-def lazy(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
+def lazy(kind: type[Parser]) -> type[Parser]:
     """Return a subclass of a parser class that calls its `fill` to add arguments when it first parses.
 
-    So only the module in use pays for the imports that its arguments need.
+    So only the module in use pays for the imports that its arguments need. It parses all words that it gets, as the parser of
+    a verb does, so that overrides may stand anywhere and the message on a wrong option is of its own options.
     """
 
     class LazyParser(kind):
-        def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        is_filled = False
+
+        def parse_known_args(
+            self, args: list[str] | None = None, namespace: argparse.Namespace | None = None
+        ) -> tuple[argparse.Namespace, list[str]]:
+            if self.is_filled:
+                return super().parse_known_args(args, namespace)
+            self.is_filled = True
             self.fill(self)
-            return super().parse_known_args(*args, **options)
+            return self.parse_all(args), []
 
     return LazyParser
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.compression.prunable import some
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.files import read_json, write_json
 from lumos.pipeline.inputs import MAX_SEED
 from lumos.settings import is_whole
@@ -209,5 +209,5 @@ def removed_by(
     elif rule in OF_SCORES and scores is not None:
         kept = lowest([scores[name] for name in units], keep, ends)
     else:
-        raise UserError(f"plan {shown(rule)} is unknown; allowed: {', '.join(RULES)}, or a plan file that ends in .json")
+        raise UserError(f"plan {shown(rule)} is unknown{instead(rule, RULES)}, or a plan file that ends in .json")
     return [name for i, name in enumerate(units) if i not in kept]

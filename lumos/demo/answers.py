@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "the file", "content": {"video/mp4": {}, "image/png": {}, "application/json": {}}},
     206: {"description": "the part of the file that the header Range names"},
-    304: {"description": "the client has the file: the header If-None-Match names its ETag"},
+    304: {"description": "the client has the file: If-None-Match names its ETag, or it is not newer than If-Modified-Since"},
 }
 
 
@@ -56,7 +57,7 @@ class Delivery(FileResponse):
                 await failure(no_result(self.name))(scope, receive, send)
                 return
             self.set_stat_headers(stat)
-            if is_known(scope, self.headers["etag"]):
+            if is_known(scope, self.headers["etag"], int(stat.st_mtime)):
                 kept = {name: self.headers[name] for name in ("cache-control", "etag", "last-modified") if name in self.headers}
                 await Response(status_code=304, headers=kept)(scope, receive, send)
                 return
@@ -71,9 +72,20 @@ class Delivery(FileResponse):
             await super().__call__({**scope, "headers": [*others, *asked]}, receive, send)
 
 
-def is_known(scope: Scope, etag: str) -> bool:
-    """Return whether the header If-None-Match names this ETag, or any (RFC 9110, 13.1.2)."""
+def is_known(scope: Scope, etag: str, modified: int) -> bool:
+    """Return whether a request says that the client has the file of this ETag and time of change, in seconds since 1970.
+
+    The header If-None-Match names the ETag, or any. Without it, If-Modified-Since counts (RFC 9110, 13.1.2 and 13.1.3).
+    """
+    if scope["method"] not in ("GET", "HEAD"):
+        return False
     text = b",".join(value for name, value in scope["headers"] if name == b"if-none-match").decode("latin-1")
+    if not text:
+        try:
+            since = parsedate_to_datetime(dict(scope["headers"])[b"if-modified-since"].decode("latin-1"))
+            return modified <= since.timestamp()
+        except (KeyError, ValueError, OverflowError):  # no such header, or no date
+            return False
     return text.strip() == "*" or etag in (part.strip().removeprefix("W/") for part in text.split(","))
 
 

@@ -33,7 +33,7 @@ from lumos.demo.metrics import CONTENT_TYPE as METRICS_TYPE
 from lumos.demo.service import FILES, Service
 from lumos.demo.store import Store
 from lumos.demo.worker import ClipJob
-from lumos.errors import RunError, UserError, shown
+from lumos.errors import RunError, UserError, instead, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.options import FLAG, WHOLE, parsed_flag
 from lumos.pipeline.request import Request as ClipRequest
@@ -181,7 +181,7 @@ async def read_form(request: Request, pipe: VideoPipeline) -> dict[str, str | Up
     form = await request.form(max_files=len(files), max_fields=len(known))
     given = form.multi_items()
     if unknown := [name for name, _ in given if name not in known]:
-        raise UserError(f"unknown field {shown(unknown[0])}; known are {', '.join(known)}")
+        raise UserError(f"unknown field {shown(unknown[0])}{instead(unknown[0], known, 'known are')}")
     if len(dict(given)) < len(given):
         raise UserError("a field is given twice; give each once")
     return dict(given)

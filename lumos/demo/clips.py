@@ -24,7 +24,9 @@ from lumos.errors import RunError, UserError, shown
 from lumos.pipeline.request import Request, needs_words
 from lumos.prompt_lists.clips import record_path
 
-DATA_URL = re.compile(r"data:(?P<type>[\w/+.-]*)(;[\w=.-]+)*;base64,", re.ASCII)
+DATA_URL = re.compile(r"data:(?P<type>[\w/+.-]*)(;[^,;]*)*;base64,", re.ASCII | re.IGNORECASE)
+AS_USUAL = str.maketrans("-_", "+/", " \t\r\n")
+"""Turns base64 as some programs write it, in lines or with the two characters for addresses, into the usual form."""
 STOPPED = "the server was stopped before the clip was made; ask for it again"
 LOCAL = "local"
 """The owner of the clips on a server without keys."""
@@ -112,10 +114,11 @@ class Clips:
     def _file(self, name: str, text: str) -> Path:
         """Write a file that is in a request as base64 into the store, and return its path."""
         head = DATA_URL.match(text[:200])
+        text = text[head.end() if head else 0 :].translate(AS_USUAL)
         if len(text) > 4 * self.service.limits.upload_bytes // 3 + 200:
             raise TooLarge(f"{name} is larger than {self.service.limits.max_upload_mb:g} MB; make it smaller")
         try:
-            data = base64.b64decode(text[head.end() if head else 0 :], validate=True)
+            data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
             raise UserError(f"{name} is not base64; send the bytes of a file in base64, or a data: URL of them") from None
         if not data:

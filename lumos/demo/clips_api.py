@@ -23,7 +23,8 @@ from lumos.demo.limits import TooLarge
 from lumos.demo.schema import CLIP, CLIPS
 from lumos.demo.worker import ClipJob
 from lumos.errors import UserError
-from lumos.files import parse_json, text_of
+from lumos.files import parse_json
+from lumos.wording import text_of
 
 HEARTBEAT_SECONDS = 15  # an event stream that has nothing to tell sends a comment, so that proxies keep it open
 LONGEST_PAGE = 100
@@ -68,10 +69,15 @@ def add_clips(api: APIRouter, clips: Clips, keys: Keys, *, open_lists: bool) -> 
 
     @api.get("/api/clips/{clip_id}/events", tags=["clips"], summary="The status of a clip at each change, as server-sent events",
              responses={200: {"description": "events named as the status, each with the clip as data, until the clip has ended",
-                              "content": {"text/event-stream": {}}}, **errors(401, 404)})  # fmt: skip
+                              "content": {"text/event-stream": {}}},
+                        204: {"description": "the header Last-Event-ID says that the client has the last event"},
+                        **errors(401, 404)})  # fmt: skip
     async def events(clip_id: str, request: Request) -> Response:
+        job = job_of(clip_id, request)
+        if job.ended and request.headers.get("last-event-id") == job.state:
+            return Response(status_code=204)  # an EventSource of a browser connects again until it gets this
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # no cache, and no proxy that collects events
-        return StreamingResponse(stream(clips, job_of(clip_id, request)), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(stream(clips, job), media_type="text/event-stream", headers=headers)
 
     of_content = {"tags": ["clips"], "responses": {**FILE, **errors(401, 404, 409, 410, 416)}}
 
@@ -128,7 +134,7 @@ async def stream(clips: Clips, job: ClipJob) -> AsyncIterator[str]:
         data = json.dumps(found, ensure_ascii=False)
         if data != last:
             last, at = data, time.monotonic()
-            yield f"event: {found['status']}\ndata: {data}\n\n"
+            yield f"event: {found['status']}\ndata: {data}\nid: {found['status']}\n\n"
         elif time.monotonic() - at > HEARTBEAT_SECONDS:
             at = time.monotonic()
             yield ": still here\n\n"

@@ -24,7 +24,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from lumos.demo.limits import ServerBusy
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.files import parse_yaml, read_text
 from lumos.settings import is_whole
 
@@ -71,7 +71,7 @@ class Keys:
         # Every key is compared, so that the time of the answer tells nothing.
         found = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
         if scheme.lower() != "bearer" or not found:
-            what = "the key is unknown" if token else "a key is needed"
+            what = "the key is unknown" if token and scheme.lower() == "bearer" else "a key is needed"
             raise HTTPException(401, f"{what}; send the header Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
         return found[0]
 
@@ -124,7 +124,7 @@ def key_of(name: Any, entry: Any, where: str) -> Key:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(f"{where} is no name of a client; give up to 64 letters, digits and . @ - _")
     if unknown := [option for option in entry if option not in ("key", *LIMITS)]:
-        raise UserError(f"{where}: {shown(unknown[0])} is unknown; known are key, {', '.join(LIMITS)}")
+        raise UserError(f"{where}: {shown(unknown[0])} is unknown{instead(unknown[0], ('key', *LIMITS), 'known are')}")
     if not isinstance(entry.get("key"), str) or not KEY.fullmatch(entry["key"]):
         raise UserError(f"{where}: the key is not allowed; give {SHORTEST} to 256 letters, digits and . ~ + / = - _, in quotes if "
                         "all are digits")  # fmt: skip

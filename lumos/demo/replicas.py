@@ -25,7 +25,7 @@ import numpy as np
 
 from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
 from lumos.demo.worker import as_told
-from lumos.errors import RunError, UserError, reason_of, shown
+from lumos.errors import RunError, UserError, instead, reason_of, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.request import ARGUMENTS, GIVE_FRAMES, Request
 
@@ -213,7 +213,7 @@ def deployment(serve: ModuleType, start: Start, settings: ReplicaSettings, gpus:
     folder = os.getcwd()
     known = serve.config.AutoscalingConfig.model_fields
     if unknown := [name for name in settings.autoscaling or () if name not in known]:  # Ray would ignore them
-        raise UserError(f"--autoscaling {shown(unknown[0])} is unknown; known are {', '.join(known)}")
+        raise UserError(f"--autoscaling {shown(unknown[0])} is unknown{instead(unknown[0], known, 'known are')}")
     try:
         made = serve.deployment(
             name="lumos", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, max_ongoing_requests=settings.batch_size,

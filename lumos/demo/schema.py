@@ -7,7 +7,7 @@ from typing import Any
 
 from lumos.demo.limits import Limits
 from lumos.demo.worker import ENDED
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.pipeline.base import VideoPipeline
 from lumos.pipeline.defaults import CLIP_LIMITS
 from lumos.pipeline.inputs import MAX_SEED
@@ -82,7 +82,7 @@ def check_types(values: Mapping[str, Any], schema: Mapping[str, Any]) -> None:
     fields = schema["properties"]
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"unknown field {shown(name)}; known are {', '.join(fields)}")
+            raise UserError(f"unknown field {shown(name)}{instead(name, fields, 'known are')}")
         words, holds = HOLDS[type_of(fields[name])]
         if not holds(value):
             raise UserError(f"{name} {shown(value, 60)} is not allowed; give {words}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.evaluation.quality import MAX_PSNR
 from lumos.video.frames import psnr
 
@@ -26,7 +26,7 @@ TOLERANCE = 2.0
 def given_numbers(pattern: str, num_frames: int, temporal_compression: int = 1) -> list[int]:
     """Return the numbers of the frames that a pattern gives, in order. UserError for clips that are too short for it."""
     if pattern not in GIVEN:
-        raise UserError(f"pattern of given frames {shown(pattern)} is unknown; allowed: {', '.join(GIVEN)}")
+        raise UserError(f"pattern of given frames {shown(pattern)} is unknown{instead(pattern, GIVEN)}")
     if pattern == "interpolation" and num_frames % 2 == 0:
         raise UserError(f"num_frames {num_frames} is even; where every second frame is given, the first and the last one are too")
     numbers = {

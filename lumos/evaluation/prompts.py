@@ -14,7 +14,7 @@ import numpy as np
 
 from lumos.data.synthetic.drawing import render
 from lumos.data.synthetic.sampling import SyntheticScenes
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.checker import check_clip, check_identity, identities
 from lumos.runtime import check_memory
@@ -81,7 +81,7 @@ def prompt_set(kind: str, count: int, seed: int, **shape: int) -> list[tuple[str
     memory.
     """
     if kind not in KINDS:
-        raise UserError(f"prompt kind {shown(kind)} is unknown; allowed: {', '.join(KINDS)}")
+        raise UserError(f"prompt kind {shown(kind)} is unknown{instead(kind, KINDS)}")
     source = SyntheticScenes(seed=seed, **shape, **KINDS[kind])
     pixels = source.num_frames * source.height * source.width
     check_memory(3 * count * pixels, f"{count:,} clips of {source.num_frames} frames of {source.width}x{source.height} pixels")

@@ -17,7 +17,8 @@ from typing import Any
 
 from lumos.errors import UserError, as_text, reason_of, shown
 from lumos.evaluation.prompt_lists import check_rows
-from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text, text_of
+from lumos.files import MAX_DOCUMENT_BYTES, parse_json, read_text
+from lumos.wording import text_of
 
 
 @dataclass(frozen=True)

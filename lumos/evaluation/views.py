@@ -10,7 +10,7 @@ import numpy as np
 from lumos.data.synthetic.drawing import render
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.data.synthetic.scene import NUM_VIEWS, Solid
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.evaluation.quality import MAX_PSNR, ssim
 from lumos.runtime import check_memory
 from lumos.video.frames import psnr
@@ -30,7 +30,7 @@ def check_solid_kinds(kinds: Sequence[str]) -> None:
     """Raise UserError for a kind that is unknown or named twice."""
     for kind in kinds:
         if kind not in SOLID_KINDS:
-            raise UserError(f"kind of solids {shown(kind)} is unknown; allowed: {', '.join(SOLID_KINDS)}")
+            raise UserError(f"kind of solids {shown(kind)} is unknown{instead(kind, SOLID_KINDS)}")
         if list(kinds).count(kind) > 1:
             raise UserError(f"kind {shown(kind)} is named twice; name it once")
 

@@ -22,6 +22,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -36,14 +37,14 @@ from lumos.errors import RunError, UserError, meant
 from lumos.pipeline.adapters import HasAdapters
 from lumos.pipeline.calls import PipelineCalls
 from lumos.pipeline.defaults import ClipDefaults
-from lumos.pipeline.hub import local_folder, model_card, upload
+from lumos.pipeline.hub import DOWNLOAD, local_folder, model_card, upload
 from lumos.pipeline.inputs import generator_of
 from lumos.pipeline.notes import given_pictures, picture_note, size_note
 from lumos.pipeline.offload import HasOffload
 from lumos.pipeline.options import SamplingOptions
 from lumos.pipeline.output import VideoPipelineOutput, as_output_type, check_output_type, with_pixels
 from lumos.pipeline.parts import Parts
-from lumos.pipeline.placement import is_spread
+from lumos.pipeline.placement import is_dtype, is_spread, pick_dtype
 from lumos.pipeline.request import ARGUMENTS, Request, Resolved
 from lumos.progress import progress_bar
 from lumos.runtime import bars_on_terminals, each_in_plain_defaults, pick_device, plain_defaults
@@ -129,10 +130,10 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         """Load a model folder and return the pipeline of its generator; `options` are passed on to that pipeline.
 
         The folder may be a repository ORG/NAME on the Hugging Face hub (see `lumos.pipeline.hub`); `revision` is then a
-        branch, a tag or a commit of it. NotFound if there is no such folder or repository, UserError if the model type
-        belongs to no generator.
+        branch, a tag or a commit of it; token, cache_dir, local_files_only and force_download are those of the hub. NotFound if
+        there is no such folder or repository, UserError if the model type belongs to no generator.
         """
-        folder = local_folder(folder, revision)
+        folder = local_folder(folder, revision, **{name: options.pop(name) for name in DOWNLOAD if name in options})
         return registry.generator_of(folder).load("pipeline").from_pretrained(folder, **options)
 
     @abstractmethod
@@ -146,7 +147,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
 
         Returns the address of the commit. token: default the one of `hf auth login`. RunError if the hub refuses.
         """
-        card = model_card(repo_id, self.generator, self.trained_on)
+        card = partial(model_card, generator=self.generator, trained_on=self.trained_on)
         return upload(repo_id, self.save_pretrained, card, private=private, message=commit_message, token=token)
 
     @abstractmethod
@@ -160,6 +161,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
     def encoded(self, resolved: Resolved) -> Encoded:
         """Encode a resolved request: given frames by the video tokenizer, and prompts by the text encoder if there is one."""
 
+    @plain_defaults()
     def resolve(self, request: Request) -> Resolved:
         """Do the same as `resolved`, and warn of what may make the clips poor: words and a size that training never had."""
         resolved = self.resolved(request)
@@ -170,6 +172,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
                 warnings.warn(note, stacklevel=1)
         return resolved
 
+    @plain_defaults()
     def encode(self, resolved: Resolved) -> Encoded:
         """Do the same as `encoded`, and warn if a given picture is of another kind than those of the training."""
         self.check_pictures(resolved)
@@ -212,8 +215,8 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         """
 
     @abstractmethod
-    def is_open(self, state: Tensor) -> bool:
-        """Return whether the latent frame of this state needs further steps."""
+    def is_open(self, resolved: Resolved, step: int, state: Tensor) -> bool:
+        """Return whether the latent frame of this state needs further steps after this one."""
 
     @property
     @abstractmethod
@@ -237,8 +240,9 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts, settings and usual clip by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
-        return {name: getattr(self, name) for name in (*self.component_names, "settings", "clip")}
+        """The parts and facts of the pipeline by name; `type(pipe)(**pipe.components)` is another pipeline of the same parts."""
+        facts = ("settings", "clip", "trained_on", "tokenizer_folders")
+        return {name: getattr(self, name) for name in (*self.component_names, *facts)}
 
     def networks(self) -> list[nn.Module]:
         return [self.model, self.video_tokenizer]
@@ -289,14 +293,14 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
     def _calls(self) -> PipelineCalls:
         return self.__dict__.setdefault("_calls_of_threads", PipelineCalls())
 
-    def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, *args: Any, device: str | int | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Self:
         """Move the network and the video tokenizer in place, and return the pipeline.
 
-        Examples: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`. UserError for a
-        network that was loaded with a device_map and lies on several devices.
+        Examples: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", "bfloat16")`. UserError for an unknown device or dtype, and for
+        a network that was loaded with a device_map and lies on several devices.
         """
         for value in args:
-            if isinstance(value, torch.dtype):
+            if is_dtype(value):
                 dtype = value
             else:
                 device = value
@@ -305,6 +309,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
         if self.offload_device is not None and device is not None:
             raise UserError("the pipeline has CPU offload, which places its parts; load it again to place it yourself")
         target = None if device is None else pick_device(device)
+        dtype = None if dtype is None else pick_dtype(dtype, None, target or self.device)
         self.model.to(device=target, dtype=dtype)
         self.video_tokenizer.to(device=target, dtype=dtype)
         return self
@@ -332,7 +337,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             image: a path or picture, which becomes the first frame. Pictures and frames have any
                 form that `lumos.video.frames.as_uint8` takes.
             video: a path or the frames of a clip. The new clip begins with its last
-                num_given_frames frames. A list of PIL pictures is one clip.
+                num_given_frames frames. A list of pictures is one clip.
             last_image: a path or picture, which becomes the last frame, for models that support
                 it.
             given_frames: a picture or path for each frame number, counted from 0, for generators
@@ -387,7 +392,7 @@ class VideoPipeline(HasAdapters, HasOffload, ABC):
             bar.update()
             if hook is not None:
                 hook(frame, step, state)
-            if self._interrupt and self.is_open(state):
+            if self._interrupt and self.is_open(resolved, step, state):
                 raise Interrupted
 
         steps = resolved.sampling.steps_before(resolved.new_frames)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, as_text, instead, shown
 from lumos.files import read_json, write_json
 from lumos.settings import is_whole
 from lumos.shipped import shipped_folder
@@ -70,8 +70,9 @@ def read_defaults(folder: Path, options: type[Options], clip: ClipDefaults = Cli
     if not isinstance(stored, dict):
         raise UserError(f"{file} must hold a JSON object of settings, not a {type(stored).__name__}")
     parts = [{f.name: stored.pop(f.name) for f in fields(c) if f.name in stored} for c in (options, ClipDefaults)]
-    if stored:
-        raise UserError(f"{file} has unknown settings: {shown(sorted(stored))}")
+    if wrong := next(iter(stored), None):
+        names = [f.name for c in (options, ClipDefaults) for f in fields(c)]
+        raise UserError(f"{file} has the unknown setting {as_text(wrong)}{instead(wrong, names)}")
     try:
         return options(**parts[0]), ClipDefaults(**parts[1])
     except UserError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-import random
-import re
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -21,19 +20,26 @@ from lumos.pipeline.defaults import ClipDefaults
 from lumos.settings import is_whole
 from lumos.video.frames import as_uint8
 from lumos.video.io import MAX_FRAMES, count_frames, fit, read_image, read_video
+from lumos.wording import is_blank, one_line, wrong_character
 
 MAX_SEED = 2**64 - 1
 
 
-def check_prompt(prompt: Any, needs_words: bool = True) -> str:
-    """Return the prompt; UserError if it is no text, has lost characters, or is empty and `needs_words`."""
+def check_prompt(prompt: Any, needs_words: bool = True, what: str = "prompt") -> str:
+    """Return the prompt as the network reads it (`lumos.wording.one_line`).
+
+    UserError if it is no text, has lost or control characters, or shows nothing and `needs_words`.
+    """
     if not isinstance(prompt, str):
-        raise UserError(f"the prompt is {shown(prompt)}; give a string")
-    if lost := re.search("[\ufffd\0]", prompt):
-        raise UserError(f"the prompt {shown(prompt)} has U+{ord(lost[0]):04X}, because characters were lost; write it again")
-    if needs_words and not prompt.strip():
-        raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
-    return prompt
+        raise UserError(f"the {what} is {shown(prompt)}; give a string")
+    line = one_line(prompt)
+    if wrong := wrong_character(line):
+        raise UserError(f"the {what} {shown(prompt)} {wrong}")
+    if is_blank(line):
+        if needs_words:
+            raise UserError(f"the prompt is empty ({shown(prompt)}); say in words what the clip shows")
+        return ""
+    return line
 
 
 def check_num_frames(num_frames: int, stride: int, name: str = "num_frames") -> None:
@@ -74,15 +80,15 @@ def align(
         if length != count:
             raise UserError(f"{name} is a list of {length}, but there are {count} clips to make: {lengths}")
     lists = {name: list(v) if name in lengths else [v] * count for name, v in given.items()}
-    for text in lists["prompt"]:
-        check_prompt(text, needs_words)
-    for text in lists["negative_prompt"]:
-        check_prompt("" if text is None else text, needs_words=False)
+    lists["prompt"] = [check_prompt(text, needs_words) for text in lists["prompt"]]
+    lists["negative_prompt"] = [
+        None if text is None else check_prompt(text, False, "negative prompt") for text in lists["negative_prompt"]
+    ]
     for name in ("negative_prompt", "image", "video", "last_image", "given_frames"):
         if len({value is None for value in lists[name]}) > 1:
             raise UserError(f"{name} is given for some clips and None for others; make them in two calls")
     if "seed" not in lengths:
-        first = random.randrange(2**31) if seed is None else whole_seed(seed)
+        first = secrets.randbelow(2**31) if seed is None else whole_seed(seed)
         lists["seed"] = [first + i for i in range(count)]
     lists["seed"] = [whole_seed(s) for s in lists["seed"]]
     return lists

@@ -38,7 +38,7 @@ from functools import cache
 from typing import Any, Self
 
 from lumos import registry
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.settings import is_number, is_whole, setting
 
 WHOLE, NUMBER, FLAG, INTERVAL, CHOICE = "a whole number", "a number", "true or false", "two numbers", "a name"
@@ -309,7 +309,7 @@ def check_names(given: Collection[str], cls: type[SamplingOptions], generator: s
     """Raise UserError for an option that this generator does not have."""
     known = options_of(cls)
     if unknown := [name for name in given if name not in known]:
-        raise UserError(f"{unknown[0]} is no sampling option of {generator}; allowed: {', '.join(known)}")
+        raise UserError(f"{unknown[0]} is no sampling option of {generator}{instead(unknown[0], known)}")
 
 
 def add_acceleration(parser: argparse.ArgumentParser) -> None:

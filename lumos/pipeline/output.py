@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.video.animation import data_url
 from lumos.video.frames import as_uint8
 from lumos.video.io import write_video
@@ -65,6 +65,8 @@ class VideoPipelineOutput(ModelOutput):
         The suffix is .mp4, .gif, .webp or .png. fps: default the frame rate of the clips.
         """
         clips, path = self.clips(), Path(path)
+        if not path.name:
+            raise UserError(f"{shown(str(path))} is no name of a file; give one that ends in .mp4, .gif, .webp or .png")
         rate = (self.settings or {}).get("fps", 1) if fps is None else fps
         names = [path] if len(clips) == 1 else [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(len(clips))]
         return [write_video(name, clip, rate) for name, clip in zip(names, clips, strict=True)]
@@ -87,7 +89,7 @@ class VideoPipelineOutput(ModelOutput):
 
 def check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
-        raise UserError(f"output_type {shown(output_type)} is unknown; allowed: {', '.join(OUTPUT_TYPES)}")
+        raise UserError(f"output_type {shown(output_type)} is unknown{instead(output_type, OUTPUT_TYPES)}")
 
 
 def as_output_type(clips: list[np.ndarray], output_type: str) -> Any:

@@ -70,6 +70,11 @@ def pick_dtype(
     return found
 
 
+def is_dtype(value: Any) -> bool:
+    """Return whether a value is a dtype or the name of one of DTYPES."""
+    return isinstance(value, torch.dtype) or (isinstance(value, str) and getattr(torch, value, None) in DTYPES)
+
+
 def size_in_bytes(size: int | str) -> int:
     """Return a size such as "6GiB", "500 MB" or 1000 in bytes; UserError if it is malformed."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())

@@ -29,6 +29,7 @@ from lumos.pipeline.inputs import (
 from lumos.pipeline.options import SamplingOptions, check_names
 from lumos.settings import is_whole
 from lumos.video.frames import as_uint8, fit, is_pictures
+from lumos.wording import is_blank
 
 MAX_VIDEOS_PER_PROMPT = 10_000  # limits memory: all clips are resolved before the first is made
 
@@ -37,7 +38,7 @@ class Request:
     """The arguments of a call that decide its result, described in `lumos.pipeline.base.VideoPipeline.__call__`.
 
     `options` holds by name the sampling options that are not None. A blank negative_prompt becomes
-    None, also in a list. A list of PIL pictures as video is one clip. numpy scalars become Python
+    None, also in a list. A list of pictures as video is one clip. numpy scalars become Python
     numbers.
     """
 
@@ -295,7 +296,7 @@ def options_of_given_frames(request: Request, sampling: SamplingOptions) -> dict
 
 
 def none_if_blank(text: Any) -> Any:
-    return None if isinstance(text, str) and not text.strip() else text
+    return None if isinstance(text, str) and is_blank(text) else text
 
 
 def repeat_each(count: int, prompt: Any, *others: Any) -> list[Any]:

@@ -6,6 +6,7 @@ A record is the JSON file beside a clip that holds all its settings.
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lumos.durable import put_file
 from lumos.errors import UserError, shown
 from lumos.files import check_writable, read_json, write_json
 from lumos.pipeline.defaults import ClipDefaults
@@ -21,6 +23,7 @@ from lumos.pipeline.request import Request, Resolved, needs_words
 from lumos.prompt_lists.results import UNFINISHED, Results
 from lumos.prompt_lists.rows import PromptRow
 from lumos.video.io import check_output
+from lumos.wording import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,7 +152,7 @@ def clips_of(row: PromptRow, request: Request, resolved: Resolved, inputs: dict[
 
 def default_name(prompt: str, picture: bool, before: str = "", after: str = "") -> str:
     """Return a file name made of `before`, the words of the prompt, in any script, and `after`."""
-    letters = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", prompt).lower())
+    letters = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in one_line(prompt).lower())
     words = re.sub("-+", "-", "".join(letters)).strip("-")[:60]
     words = words.encode()[:150].decode(errors="ignore").strip("-") or "clip"  # file systems limit names to 255 bytes
     return f"{before}{words}{after}{'.png' if picture else '.mp4'}"
@@ -162,6 +165,18 @@ def free_name(path: Path) -> Path:
         number += 1
         found = path.with_stem(f"{path.stem}-{number}")
     return found
+
+
+def put_under_free_name(source: Path, path: Path) -> Path:
+    """Rename a finished file to `free_name(path)` and return that, which no other process can take meanwhile."""
+    while True:
+        found = free_name(path)
+        try:
+            os.close(os.open(found, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:  # another process was quicker
+            continue
+        put_file(source, found)
+        return found
 
 
 def with_free_name(out: Path, clip: ListedClip) -> ListedClip:

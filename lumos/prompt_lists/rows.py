@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.files import existing_path, parse_json, read_prompts
 from lumos.pipeline.options import all_options
 from lumos.settings import is_whole
+from lumos.wording import is_blank
 
 MAX_LIST_BYTES = 2**28
 MAX_ROWS = 1_000_000
@@ -113,7 +114,7 @@ Reader = Iterator[tuple[int, Callable[[], dict[str, Any]]]]
 
 def read_lines(text: str, path: Path) -> Reader:
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if not is_blank(line):
             yield number, lambda line=line: {"prompt": line.strip()}
 
 
@@ -131,11 +132,11 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def read_table(text: str, path: Path) -> Reader:
-    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True)
+    known, table = columns(), csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     try:
         names = [name.strip() for name in next(table, [])]
         if wrong := [name for name in names if name not in known or names.count(name) > 1]:
-            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or named twice; allowed: {', '.join(known)}")
+            raise UserError(f"{path}: the column {shown(wrong[0])} is unknown or named twice{instead(wrong[0], known)}")
         for cells in table:
             if any(cell.strip() for cell in cells):
                 yield table.line_num, lambda cells=cells: parse_cells(names, cells)
@@ -159,7 +160,7 @@ def checked(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the row with its paths joined to the folder of the list; UserError for an unknown key and for a wrong type."""
     known = columns()
     if unknown := [name for name in row if name not in known]:
-        raise UserError(f"{shown(unknown[0])} is unknown; allowed: {', '.join(known)}")
+        raise UserError(f"{shown(unknown[0])} is unknown{instead(unknown[0], known)}")
     for name, value in row.items():
         if not known[name].holds(value):
             raise UserError(f"{name} {shown(value)} is not allowed; give {known[name].name}")

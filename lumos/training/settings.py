@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from lumos import registry
 from lumos.data.prefetch import check_processes
 from lumos.data.shards.remote import is_url
-from lumos.errors import UserError, as_text, shown
+from lumos.errors import UserError, as_text, instead, shown
 from lumos.pipeline.options import SamplingOptions
 from lumos.settings import build, is_number, read_yaml, setting, to_plain
 from lumos.training.sections import (
@@ -31,6 +31,7 @@ from lumos.training.sections import (
     SampleSettings,
     TokenizerSettings,
 )
+from lumos.wording import is_blank, one_line, wrong_character
 
 OF_WORLDS = ("options", "height", "width", "fps", "scenes")
 OF_SHARDS = ("size", "shuffle_shards", "cache_dir", "cache_gb", "min_frames")
@@ -166,12 +167,15 @@ def check_sampling(settings: TrainingSettings) -> None:
     samples = settings.samples
     for name, options in (("generation", settings.generation), ("samples.options", settings.generation | samples.options)):
         if unknown := [key for key in options if key not in settings.sampling.declared()]:
-            raise UserError(f"{name}: unknown key {as_text(unknown[0])}; allowed: {', '.join(settings.sampling.declared())}")
+            raise UserError(f"{name}: unknown key {as_text(unknown[0])}{instead(unknown[0], settings.sampling.declared())}")
         settings.sampling(**options)
     if samples.every and not samples.prompts:
         raise UserError(f"samples.every is {samples.every}, but samples.prompts is empty; give at least one prompt")
-    if empty := [prompt for prompt in samples.prompts if not prompt.strip()]:
-        raise UserError(f"samples.prompts holds the empty prompt {shown(empty[0])}; say in words what the clip shows")
+    for prompt in samples.prompts:
+        if wrong := wrong_character(one_line(prompt)):
+            raise UserError(f"samples.prompts: the prompt {shown(prompt)} {wrong}")
+        if is_blank(prompt):
+            raise UserError(f"samples.prompts holds the empty prompt {shown(prompt)}; say in words what the clip shows")
     if samples.prompts and not samples.every:
         warnings.warn("samples.prompts has no effect with samples.every=0")
     if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:
@@ -313,7 +317,7 @@ def check_named_shares(name: str, shares: dict[str, Any], allowed: Sequence[str]
     """Raise UserError unless the setting `name` holds shares from 0 by allowed names, with a sum above 0."""
     for key, share in shares.items():
         if key not in allowed:
-            raise UserError(f"{name}.{shown(key)} is unknown; allowed: {', '.join(allowed)}")
+            raise UserError(f"{name}.{shown(key)} is unknown{instead(key, allowed)}")
         if not is_number(share) or not 0 <= share <= 1e6:
             raise UserError(f"{name}.{key} {shown(share)} is not allowed; give a share from 0")
     if not sum(shares.values()) > 0:

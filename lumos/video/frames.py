@@ -92,7 +92,7 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
     """Convert frames of any `output_type` of the pipeline to uint8 [T, H, W, 3].
 
     Frames can be an array [T, H, W, 3] or a tensor [T, 3, H, W], uint8 or floats in [0, 1], or a list of
-    PIL pictures. A fourth channel is opacity; transparent parts are put on white. With `ndim` 3 the input is one
+    pictures. A fourth channel is opacity; transparent parts are put on white. With `ndim` 3 the input is one
     picture: an array [H, W, 3], a tensor [3, H, W] or a PIL picture. The result then is uint8 [H, W, 3].
 
     Raise UserError for other inputs. Its message calls the input `name`; `also` names other inputs that
@@ -108,7 +108,7 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
         if array.size and np.issubdtype(array.dtype, np.number) and not np.iscomplexobj(array):
             given += f" with values from {array.min():g} to {array.max():g}"
         array_form, tensor_form, pictures = (
-            ("[T, H, W, 3]", "[T, 3, H, W]", "a list of PIL pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
+            ("[T, H, W, 3]", "[T, 3, H, W]", "a list of pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
         )
         raise UserError(
             f"{name} {given} cannot be read; give {also}uint8 or floats in [0, 1] as an array {array_form} or a tensor "
@@ -124,10 +124,10 @@ def _as_array(frames: Any, name: str) -> np.ndarray:
     if isinstance(frames, Image.Image):
         return picture_rgb(upright(frames))
     if is_pictures(frames):
-        pictures = [upright(picture) for picture in frames]
-        if len(sizes := {picture.size for picture in pictures}) > 1:
+        pictures = [as_uint8(picture, name, ndim=3) for picture in frames]
+        if len(sizes := {(width, height) for height, width, _ in (picture.shape for picture in pictures)}) > 1:
             raise UserError(f"{name} are pictures of different sizes {sorted(sizes)}; give one size")
-        return np.stack([picture_rgb(picture) for picture in pictures])
+        return np.stack(pictures)
     if isinstance(frames, torch.Tensor) and frames.ndim >= 3:
         return np.moveaxis((frames.float() if frames.is_floating_point() else frames).numpy(force=True), -3, -1)
     return np.empty(0)
@@ -238,8 +238,10 @@ def _in_srgb(image: Image.Image, name: str | Path) -> Image.Image:
 
 
 def is_pictures(value: Any) -> bool:
-    """Return whether `value` is a list or tuple of at least one PIL picture."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Image.Image) for item in value)
+    """Return whether `value` is a list of at least one picture: a PIL picture, an array [H, W, C] or a tensor [C, H, W]."""
+    return isinstance(value, list | tuple) and bool(value) and all(
+        isinstance(item, Image.Image) or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 3) for item in value
+    )
 
 
 def contact_sheet(

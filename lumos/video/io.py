@@ -8,8 +8,9 @@ written completely or not at all (see ``lumos.files``).
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Container, Hashable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lumos.durable import put_file
 from lumos.errors import RunError, UserError, shown
 from lumos.files import check_writable, file_identity, replacing, replacing_folder, write_json
 from lumos.video.frames import as_uint8, contact_sheet, fit, from_uint8, to_uint8
@@ -42,6 +44,7 @@ __all__ = [
     "write_video",
 ]
 
+Put = Callable[[Path, Path], object]
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 
 
@@ -61,7 +64,9 @@ def check_output(
         raise UserError(f"{folder or path} is or holds an input of this run, or another of its files; choose another name")
 
 
-def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str, Any] | None = None) -> Path:
+def write_video(
+    path: str | Path, frames: Any, fps: float, metadata: Mapping[str, Any] | None = None, put: Put = put_file
+) -> Path:  # fmt: skip
     """Write a clip in the format of the suffix of ``path``, and return the path of the file or folder written.
 
     .mp4   H.264, yuv420p; an odd height or width gets one more row or column
@@ -72,12 +77,13 @@ def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str
 
     ``frames`` are in any form that :func:`as_uint8` accepts, and ``fps`` is in frames per second.
     ``metadata`` is written as JSON into the comment of the file. The file is written completely or not
-    at all. Raise UserError for a suffix, fps or frames that cannot be written, and RunError if writing fails.
+    at all. ``put`` is what gives a finished file its name. Raise UserError for a suffix, fps or frames that cannot be written,
+    and RunError if writing fails.
     """
     path = Path(path)
     suffix, frames = _suffix(path), as_uint8(frames)
     if suffix == ".mp4":
-        return write_frames(path, [frames], fps, metadata)
+        return write_frames(path, [frames], fps, metadata, put)
     _check_fps(path, fps)
     comment = _comment(metadata, suffix)
     folder = _frame_folder(path, suffix, len(frames))
@@ -86,7 +92,7 @@ def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str
             for n, frame in enumerate(frames):
                 _write_png(temporary / f"{n:05d}.png", frame, comment)
         return folder
-    with replacing(path) as temporary:
+    with replacing(path, put) as temporary:
         if suffix == ".png":
             _write_png(temporary, frames[0], comment)
         else:
@@ -95,8 +101,8 @@ def write_video(path: str | Path, frames: Any, fps: float, metadata: Mapping[str
 
 
 def write_frames(
-    path: str | Path, parts: Iterable[Any], fps: float, metadata: Mapping[str, Any] | None = None
-) -> Path:
+    path: str | Path, parts: Iterable[Any], fps: float, metadata: Mapping[str, Any] | None = None, put: Put = put_file
+) -> Path:  # fmt: skip
     """Write a clip as :func:`write_video` does, from an iterable of parts with frames of one size.
 
     An .mp4 file is written part by part, and no part is kept in memory. Other formats are written when
@@ -104,17 +110,21 @@ def write_frames(
     """
     path = Path(path)
     if _suffix(path) != ".mp4":
-        return write_video(path, np.concatenate([as_uint8(part) for part in parts]), fps, metadata)
+        return write_video(path, np.concatenate([as_uint8(part) for part in parts]), fps, metadata, put)
     _check_fps(path, fps)
-    with replacing(path) as temporary:
+    with replacing(path, put) as temporary:
         _write_mp4(temporary, parts, fps, _comment(metadata, ".mp4"))
     return path
 
 
 def _comment(metadata: Mapping[str, Any] | None, suffix: str) -> str:
     """Return metadata as JSON for the comment of a file, or "" without metadata."""
-    # A WebP file has its comment in EXIF, which is ASCII, so other characters are escaped.
-    return json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str) if metadata else ""
+    if not metadata:
+        return ""
+    # A WebP file has its comment in EXIF, which is ASCII, so other characters are escaped. Bytes of file names that are not
+    # UTF-8 are escaped everywhere.
+    text = json.dumps(dict(metadata), ensure_ascii=suffix == ".webp", default=str)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _frame_folder(path: Path, suffix: str, num_frames: int) -> Path | None:
@@ -146,8 +156,8 @@ def _suffix(path: Path) -> str:
 
 def _write_mp4(path: Path, parts: Iterable[Any], fps: float, comment: str) -> None:
     rate = Fraction(fps).limit_denominator(1001)
-    try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    try:  # the path is absolute, as FFmpeg takes the begin of a name such as take:1.mp4 for that of a protocol
+        with av.open(os.path.abspath(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
             container.metadata["comment"] = comment
             # The macroblock tree of x264 makes different files from the same frames, so it is off.
             # Without this option, crf 20 gives about the quality of crf 17 with it.

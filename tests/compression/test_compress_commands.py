@@ -216,7 +216,7 @@ FAULTS = [
     ("--keep 1", "--keep 1 does not leave the first and the last unit; give at least 2, or --allow-ends"),
     ("", "--keep is missing: say how many of the 4 units stay"),
     ("--part decoder", "--keep is missing: say how many of the 4 units stay, or name --plan shallow"),
-    ("--keep 2 --plan best", "--plan 'best' is unknown; allowed: spaced, least"),
+    ("--keep 2 --plan best", "--plan 'best' is unknown, did you mean least? allowed: spaced, least"),
     ("--keep 3 --plan bk", "the plan bk keeps one unit of each pair, 2 of 4, not 3"),
     ("--keep 2 --units head", "--units 'head' is unknown; allowed: layer, attention, mlp"),
     ("--keep 2 --units mlp --plan spaced", "unit 1.mlp can be skipped, but not removed"),

@@ -307,7 +307,7 @@ def test_members_of_tars_and_sources_are_known_by_content(clip, tmp_path):
     (tmp_path / "film").write_bytes(clip)
     assert [item.id for item in items([tmp_path / "film"])] == ["film"]
     with pytest.raises(UserError, match="not a known kind of source"):
-        items([made.rename(tmp_path / "a.zip")])
+        items([made.rename(tmp_path / "a.abc")])
 
 
 def test_a_row_without_a_path_is_still_a_bad_row(tmp_path):

@@ -220,6 +220,18 @@ def test_several_processes_write_the_same_shards(ingested, clips, tokenizer, tmp
     assert content(tmp_path / "out") == content(ingested)
 
 
+def test_what_the_sources_lack_is_in_the_report(clips, tokenizer, tmp_path):
+    source = tmp_path / "clips"
+    source.mkdir()
+    shutil.copy(clips / "0.mp4", source / "0.mp4")
+    for name in ("0", "1"):
+        (source / f"{name}.txt").write_text("a cat")
+    said: list[str] = []
+    report = ingest([source], tmp_path / "out", tokenizer, SETTINGS, warn=said.append)
+    assert (report["encoded"], report["warnings"]) == (1, said)
+    assert said == [f"{source} has 1 texts beside no picture or clip; the first is '1.txt'"]
+
+
 def test_broken_files_of_all_kinds_among_good_ones(clips, tokenizer, tmp_path):
     """A broken file gives a clip or a line in the journal and never ends the run; all good files give clips."""
     source = tmp_path / "clips"

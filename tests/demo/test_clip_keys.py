@@ -30,6 +30,8 @@ def test_every_route_but_health_needs_a_key(keyed):
             answer = keyed.get(path, headers=headers)
             assert answer.status_code == 401, path
             assert answer.headers["www-authenticate"] == "Bearer"
+            is_other_key = headers == bearer("wrong-0123456789abc")
+            assert answer.json()["error"].startswith("the key is unknown" if is_other_key else "a key is needed")
             jsonschema.validate(answer.json(), ERROR)
         assert keyed.get(path, headers=bearer(ALICE)).status_code in (200, 404)
     assert keyed.post("/api/clips", json=SMALL).status_code == 401

@@ -134,7 +134,7 @@ def test_events_tell_each_change_and_end_with_the_clip(client):
     with client.stream("GET", f"/api/clips/{clip['id']}/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         text = "".join(answer.iter_text())
-    events = re.findall(r"event: (\w+)\ndata: (.*)\n\n", text)
+    events = re.findall(r"event: (\w+)\ndata: (.*)\nid: \1\n\n", text)
     told = [json.loads(data) for _, data in events]
     for found in told:
         jsonschema.validate(found, CLIP)

@@ -12,7 +12,14 @@ from lumos.cli import main
 from lumos.errors import UserError
 from lumos.evaluation.experiments import results, runs
 from lumos.evaluation.experiments.claims import AGREES, DISAGREES, TOO_EARLY, at_chance, judged, verdict
-from lumos.evaluation.experiments.intervals import STUDENT, intervals, paired_difference, share_difference, summary
+from lumos.evaluation.experiments.intervals import (
+    STUDENT,
+    intervals,
+    paired_difference,
+    same_clips_difference,
+    share_difference,
+    summary,
+)
 from lumos.evaluation.experiments.settings import FIGURES, MORE_FIGURES, load
 from lumos.evaluation.experiments.tables import claims_table, figures_table
 from lumos.evaluation.experiments.words import KINDS, WORDS, in_words
@@ -48,6 +55,32 @@ def test_intervals_of_differences():
     assert paired_difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == [0.5, 0.5]  # seeds that go together
     low, high = share_difference([[28, 35], [28, 35]], [[24, 40], [24, 40]])  # Newcombe's example of 56 of 70 and 48 of 80
     assert (low, high) == pytest.approx((0.0524, 0.3339), abs=1e-3)
+
+
+def test_the_same_clips_are_compared_one_by_one():
+    """30 right in both variants, 10 in the first alone, 4 in the second alone, 28 in none, by hand."""
+    one, other = "1" * 40 + "0" * 32, "1" * 30 + "0" * 10 + "1" * 4 + "0" * 28
+    together = (30 * 28 - 10 * 4 - 36) / (40 * 32 * 34 * 38) ** 0.5
+    p, q, low, high, least, most = 40 / 72, 34 / 72, 0.4408, 0.6647, 0.3612, 0.5862  # Wilson
+    below = ((p - low) ** 2 - 2 * together * (p - low) * (most - q) + (most - q) ** 2) ** 0.5
+    above = ((high - p) ** 2 - 2 * together * (high - p) * (q - least) + (q - least) ** 2) ** 0.5
+    assert same_clips_difference(one, other) == pytest.approx([p - q - below, p - q + above], abs=1e-3)
+    alone = share_difference([[40, 72]], [[34, 72]])
+    assert alone[0] < same_clips_difference(one, other)[0] < 0 < same_clips_difference(one, other)[1] < alone[1]
+    assert same_clips_difference("1111", "0000") == share_difference([[4, 4]], [[0, 4]])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_verdicts_use_the_pairs_of_clips(trained: bool):
+    """22 of 24 clips of each seed agree, so that at most a tenth is lost; the shares alone do not show it."""
+    sides = [{"runs": [{"shares": {"motion": 0.5}, "counts": {"motion": [12, 24]}, "verdicts": {"motion": marks}}] * 3}
+             for marks in ("10" * 12, "10" * 11 + "01")]  # fmt: skip
+    found = result(*sides, trained=trained, margin=-0.1)["claims"][0]
+    assert (found["interval"], found["verdict"]) == (same_clips_difference("10" * 36, ("10" * 11 + "01") * 3), AGREES)
+    for side in sides:
+        for run in side["runs"]:
+            run.pop("verdicts", None)
+    assert result(*sides, trained=trained, margin=-0.1)["claims"][0]["verdict"] == TOO_EARLY
 
 
 @pytest.mark.parametrize("count", range(2, 11))

@@ -34,16 +34,21 @@ def test_a_key_is_of_settings_and_not_of_words():
     assert settings_key(("evaluate", "prompts")) is None
 
 
-@pytest.mark.parametrize("arms", [
-    {"stiv-mask": "no mask", "stiv-norms": "flow", "stiv-start": "scratch"},
-    {"stiv-image-dropout": "8 % text", "stiv-given-time": "clean"},
+@pytest.mark.parametrize(("study", "arm"), [
+    ("stiv-mask", "no mask"), ("stiv-start", "scratch"), ("stiv-given-time", "clean"), ("stiv-given-time", "same"),
+    ("compare-systems", "transformer, half trained"),
+    *(("stiv-image-dropout", arm) for arm in ("text alone", "0 % text", "8 % text", "50 % text")),
 ])  # fmt: skip
-def test_studies_share_arms(arms: dict[str, str], tmp_path: Path):
-    found = {study: [settings_key(job.train) for job in runs.jobs(load(f"configs/experiments/{study}.yaml"), tmp_path / study)
-                     if job.name == arm] for study, arm in arms.items()}  # fmt: skip
-    first, *others = found.values()
-    assert len(set(first)) == 3  # one for each seed
-    assert all(keys == first for keys in others)
+def test_studies_share_a_training(study: str, arm: str, tmp_path: Path):
+    """The text to video of stiv-norms is trained once for each seed; others copy its arm, or begin with it."""
+    shared, found = (first_keys(name, of, tmp_path) for name, of in (("stiv-norms", "flow"), (study, arm)))
+    assert len(set(shared)) == 3  # one for each seed
+    assert found == shared
+
+
+def first_keys(study: str, arm: str, folder: Path) -> list[str | None]:
+    found = [job for job in runs.jobs(load(f"configs/experiments/{study}.yaml"), folder / study) if job.name == arm]
+    return [settings_key(job.before[0][1] if job.before else job.train) for job in found]
 
 
 def test_a_trained_model_is_copied_and_not_trained_again(tmp_path: Path, monkeypatch, caplog):

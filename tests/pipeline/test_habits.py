@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from micro_stiv import micro_pipeline
+from PIL import Image
 
-from lumos import VideoPipeline
+from lumos import LumosPipeline, StivPipeline, VideoPipeline
 from lumos.errors import UserError
 from lumos.lora import Lora, add_adapters, fingerprints, sample, write_adapter
 from lumos.pipeline.placement import pick_dtype
+from lumos.pipeline.request import Request
 from lumos.video.io import read_video
 
 PROMPT = "a red circle moves left"
@@ -59,6 +61,7 @@ def adapter(folder: Path, out: Path, seed: int) -> Path:
 def test_components_make_another_pipeline(pipe):
     other = type(pipe)(**pipe.components)
     assert all(part is other.components[name] for name, part in pipe.components.items())
+    assert {"trained_on", "tokenizer_folders"} <= pipe.components.keys()
     assert (other.settings, other.clip) == (pipe.settings, pipe.clip)
     np.testing.assert_array_equal(clip(other), clip(pipe))
 
@@ -76,6 +79,44 @@ def test_dtypes_by_name_and_by_the_name_of_diffusers(folder: Path):
         assert VideoPipeline.from_pretrained(folder, device="cpu", **given).dtype == torch.bfloat16
     with pytest.raises(UserError, match="both dtype"):
         VideoPipeline.from_pretrained(folder, device="cpu", dtype="float32", torch_dtype="float32")
+
+
+def test_places_and_dtypes_by_all_their_names(pipe):
+    for given in (("float16",), ("cpu", "bfloat16"), (torch.float32,)):
+        pipe.to(*given)
+        assert str(pipe.dtype).endswith(str(given[-1]).removeprefix("torch."))
+    assert pipe.to(dtype="bfloat16").dtype == torch.bfloat16
+    for wrong in (torch.complex64, torch.int32, "complex64"):
+        with pytest.raises(UserError, match="give one of float32, bfloat16, float16"):
+            pipe.to(dtype=wrong)
+    assert pipe.dtype == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device 'cuda:0' is not available here; give cpu"):
+            pipe.to(0)
+
+
+def test_a_class_of_another_generator_says_which(folders):
+    for cls, name, other in ((StivPipeline, "lumos1", "lumos1"), (LumosPipeline, "stiv", "stiv")):
+        with pytest.raises(UserError, match=f"holds a model of the generator {other}; load it with VideoPipeline"):
+            cls.from_pretrained(folders[name])
+
+
+def test_unknown_arguments_of_loading_are_named(folder: Path):
+    with pytest.raises(TypeError, match=r"'varient'; .*Pipeline\.from_pretrained takes folder, revision, .*local_files_only"):
+        VideoPipeline.from_pretrained(folder, varient="fp16")
+    with pytest.raises(TypeError, match=r"'cach_dir', did you mean cache_dir\?"):
+        VideoPipeline.from_pretrained(folder, cach_dir="x")
+
+
+def test_a_clip_to_continue_may_be_a_list_of_any_pictures(pipe):
+    given = np.random.default_rng(0).integers(0, 256, (5, pipe.clip.height, pipe.clip.width, 3), dtype=np.uint8)
+    whole = pipe.resolve(Request.of(PROMPT, video=given, num_frames=9)).given
+    for frames in ([*given], [*torch.from_numpy(given).movedim(-1, 1)], [Image.fromarray(frame) for frame in given]):
+        found = pipe.resolve(Request.of(PROMPT, video=frames, num_frames=9)).given
+        assert all(np.array_equal(found[0][n], picture) for n, picture in whole[0].items())
+        assert found[0].keys() == whole[0].keys()
+    with pytest.raises(UserError, match="video are pictures of different sizes"):
+        pipe.resolve(Request.of(PROMPT, video=[given[0], given[0, :8]], num_frames=9))
 
 
 @pytest.mark.parametrize("given", ["floats", "int8", "nn", torch.int8, 3])
@@ -112,6 +153,17 @@ def test_adapters_are_loaded_scaled_and_unloaded(folder: Path, pipe, tmp_path: P
     pipe.set_adapters("default_1", 0.25)
     check(0, 0.25)
     assert pipe.get_active_adapters() == ["default_1"]
+    pipe.disable_lora()
+    check(0, 0)
+    assert pipe.get_active_adapters() == []
+    pipe.enable_lora()
+    check(0, 0.25)
+    pipe.set_adapters(["a", "default_1"])
+    pipe.delete_adapters("a")
+    check(0, 1)
+    pipe.load_lora_weights(places[0])
+    check(1, 1)
+    assert pipe.get_active_adapters() == ["default_1", "default_2"]
     pipe.unload_lora_weights()
     assert all(torch.equal(p, before[name]) for name, p in pipe.model.named_parameters())
     pipe.load_lora_weights(places[1], "again")
@@ -131,8 +183,10 @@ def test_wrong_uses_of_adapters(folder: Path, pipe, tmp_path: Path):
         pipe.set_adapters(["a"], [1.0, 2.0])
     with pytest.raises(UserError, match="holds 'much'"):
         pipe.set_adapters("a", "much")
+    with pytest.raises(UserError, match="no adapter 'b'; loaded: a"):
+        pipe.delete_adapters(["a", "b"])
     with pytest.raises(UserError, match="from_pretrained"):
-        type(pipe)(**pipe.components).load_lora_weights(place)
+        type(pipe)(**{**pipe.components, "tokenizer_folders": None}).load_lora_weights(place)
 
 
 def test_offload_moves_parts_there_and_back_and_changes_no_clip(pipe, monkeypatch):

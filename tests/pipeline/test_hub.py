@@ -11,7 +11,7 @@ from hub_server import Hub
 from lumos import LumosPipeline, VideoPipeline
 from lumos.cli import main
 from lumos.data.trained_on import TrainedOn
-from lumos.errors import NotFound, RunError
+from lumos.errors import NotFound, RunError, UserError
 from lumos.pipeline.hub import is_repository, local_folder
 
 NAME = "org/micro"
@@ -64,6 +64,36 @@ def test_without_a_connection_the_cache_serves(filled: Hub, monkeypatch, capsys)
     assert not any("rror" in line for line in bars)
 
 
+def test_the_arguments_of_the_hub_are_passed_on(filled: Hub, tmp_path: Path):
+    with pytest.raises(NotFound, match="not in the cache; leave local_files_only out"):
+        VideoPipeline.from_pretrained(NAME, cache_dir=tmp_path, local_files_only=True)
+    for cls in (VideoPipeline, LumosPipeline):
+        pipe = cls.from_pretrained(NAME, cache_dir=tmp_path, token="hf_test", device="cpu")
+        assert tmp_path in Path(pipe.tokenizer_folders[0]).parents
+    filled.requests.clear()
+    VideoPipeline.from_pretrained(NAME, cache_dir=tmp_path, local_files_only=True, device="cpu")
+    assert filled.requests == []
+
+
+def test_an_adapter_may_be_a_repository(filled: Hub, micro_folder: Path):
+    filled.repositories["me/adapter"] = {"adapter_config.json": b'{"peft_type": "LOHA"}', "lumos_adapter.json": b"[]"}
+    pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
+    for load in (pipe.load_lora_weights, lambda name: VideoPipeline.from_pretrained(micro_folder, device="cpu", lora=name)):
+        with pytest.raises(UserError, match=r"lumos_adapter\.json is damaged"):
+            load("me/adapter")
+
+
+@pytest.mark.parametrize(("file", "said"), [
+    ("adapter_config.json", "it is an adapter: give it as lora"), ("export/config.json", "it is a run, whose model is .*export"),
+    ("other.json", "give the folder of a saved or released model"),
+])  # fmt: skip
+def test_a_folder_beside_the_one_that_was_meant(tmp_path: Path, file: str, said: str):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(NotFound, match=f"is no model folder: it has no config.json; {said}"):
+        VideoPipeline.from_pretrained(tmp_path)
+
+
 def test_a_repository_that_does_not_exist(hub: Hub):
     with pytest.raises(NotFound, match="no org/none on"):
         VideoPipeline.from_pretrained("org/none")
@@ -88,6 +118,8 @@ def test_a_pipeline_is_pushed_as_a_whole_folder_with_a_card(hub: Hub, micro_fold
     card = files["README.md"].decode()
     assert 'from_pretrained("me/mine")' in card
     assert "| shapes | circle |" in card
+    pipe.push_to_hub("short", token="hf_test")
+    assert 'from_pretrained("me/short")' in hub.repositories["me/short"]["README.md"].decode()
     again = VideoPipeline.from_pretrained("me/mine", device="cpu")
     np.testing.assert_array_equal(clip(again), clip(pipe))
     assert again.trained_on == pipe.trained_on

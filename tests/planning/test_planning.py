@@ -326,7 +326,7 @@ def test_a_run_on_cpu_processes(capsys):
         (["plan", "--config", "none.yaml", "--gpus", "1"], "none.yaml"),
         ([*COMMAND[:-1], "0"], "--gpus 0 is not allowed"),
         ([*COMMAND[:-1], "36"], "is 48; it must be a multiple of the 36 processes"),
-        ([*COMMAND, "--gpu", "h1000"], "--gpu h1000 is unknown; allowed: 3090"),
+        ([*COMMAND, "--gpu", "h1000"], "--gpu h1000 is unknown, did you mean h100? allowed: 3090"),
         ([*COMMAND, "--gpu", "h100", "--gpu-memory", "80", "--peak-tflops", "900"], "--gpu h100 has no effect"),
         ([*COMMAND, "--gpu-memory", "-1"], "--gpu-memory -1.0 is not allowed"),
         ([*COMMAND, "--utilisation", "1.5"], "--utilisation 1.5 is not allowed"),

@@ -10,7 +10,7 @@ import pytest
 from lumos.errors import UserError
 from lumos.pipeline.options import all_options
 from lumos.pipeline.request import ARGUMENTS, Request
-from lumos.prompt_lists.clips import default_name, free_name, prompts_over_time, request_of
+from lumos.prompt_lists.clips import default_name, free_name, prompts_over_time, put_under_free_name, request_of
 from lumos.prompt_lists.rows import PromptRow, columns, read_rows
 
 
@@ -26,6 +26,22 @@ def test_a_default_name_is_never_taken_twice(tmp_path):
     assert free_name(path) == tmp_path / "a-7-2.mp4"
     (tmp_path / "a-7-2.mp4.json").touch()  # the record of a clip that was moved away
     assert free_name(path) == tmp_path / "a-7-3.mp4"
+
+
+def test_no_file_is_lost_that_another_process_writes_meanwhile(tmp_path, monkeypatch):
+    path, source = tmp_path / "a-7.mp4", tmp_path / "source"
+    source.write_text("mine")
+
+    def chosen(wanted):
+        found = free_name(wanted)
+        if not path.exists():
+            path.write_text("theirs")  # after the choice of the name, before its use
+        return found
+
+    monkeypatch.setattr("lumos.prompt_lists.clips.free_name", chosen)
+    assert put_under_free_name(source, path) == tmp_path / "a-7-2.mp4"
+    assert (path.read_text(), (tmp_path / "a-7-2.mp4").read_text()) == ("theirs", "mine")
+    assert {file.name for file in tmp_path.iterdir()} == {"a-7.mp4", "a-7-2.mp4"}
 
 
 def test_a_text_is_a_prompt_a_line(tmp_path):
@@ -72,6 +88,8 @@ def test_line_numbers_count_the_lines_inside_a_cell(tmp_path):
             "the row is not valid JSON: it has a number of thousands of digits",
         ),
         ("a.jsonl", '{"prompt": "x", "stepz": 3}', "'stepz' is unknown; allowed: prompt, "),
+        ("a.jsonl", '{"prompt": "x", "num_frame": 3}', "'num_frame' is unknown, did you mean num_frames\\? allowed: prompt, "),
+        ("a.jsonl", '{"prompt": "x", "seed": 3, "seed": 4}', "the row is not valid JSON: the key 'seed' stands twice"),
         ("a.jsonl", '{"prompt": 3}', "prompt 3 is not allowed; give text, or a list of texts"),
         ("a.jsonl", '{"prompt": []}', "prompt \\[\\] is not allowed"),
         ("a.jsonl", '{"prompt": "x", "num_frames": "9"}', "num_frames '9' is not allowed; give a whole number"),

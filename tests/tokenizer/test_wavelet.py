@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.wavelet import patchify, unpatchify
+from tokenizer.wavelet import haar_matrix, patchify, unpatchify
 
 
 def slow_haar_level(x: Tensor) -> Tensor:
@@ -51,3 +51,16 @@ def test_training_works_after_a_first_use_in_inference_mode():
 def test_the_first_patch_frame_depends_on_the_first_frame_only(method):
     video = torch.randn(1, 3, 9, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(patchify(video, 4, method)[:, :, :1], patchify(video[:, :, :1], 4, method), rtol=0, atol=0)
+
+
+def test_a_kept_matrix_does_not_depend_on_the_caller():
+    haar_matrix.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = haar_matrix(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        haar_matrix.cache_clear()
+    assert (made.device.type, made.dtype) == ("cpu", torch.float32)
+    assert torch.equal(made, haar_matrix(2))

@@ -195,7 +195,7 @@ def test_text_dropout_drops_all_that_stands_before_the_video(micro_settings):
         ({"tokenizer": {"video": "nowhere"}}, "tokenizer.video.*nowhere.*train-tokenizer"),
         ({"tokenizer": {"text": None}}, "tokenizer.text is missing"),
         ({"model": {"preset": "huge"}}, "unknown preset 'huge'; known presets: tiny"),
-        ({"model": {"preset": "tiny", "overrides": {"hidden": 64}}}, "model.overrides.hidden is unknown; allowed.*hidden_size"),
+        ({"model": {"preset": "tiny", "overrides": {"hidden": 64}}}, "overrides.hidden is unknown, did you mean hidden_.*allowed"),
         ({"model": {"preset": "tiny", "overrides": {"hidden_size": 100}}}, "model: "),
         ({"model": {"preset": "tiny", "overrides": {"visual_token_count": 500}}}, "has 1000 codes"),
         ({"model": {"from": "nowhere"}}, "model.from: nowhere is no model folder"),

@@ -42,6 +42,16 @@ def test_each_run_and_loss_has_its_own_line_and_style(logs: list[str]):
     assert list(plot.lines_of(runs, "mfu")) == []
 
 
+def test_a_run_that_went_on_with_clips_of_another_length(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    losses = [[3.0, 2.0], [1.0], 4.0, [1.0, None, 5.0]]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": n, "loss": loss}) + "\n" for n, loss in enumerate(losses)))
+    runs = {"a": plot.read_curves(str(tmp_path))}
+    lines = [points for *_, points in plot.lines_of(runs, "loss")]
+    assert lines == [[(0, 3.0), (1, 1.0), (2, 4.0), (3, 1.0)], [(0, 2.0)], [(3, 5.0)]]
+    plot.draw(runs, ["loss"], str(tmp_path / "c.png"))
+
+
 def axes_of(monkeypatch, runs: dict, panels: list[str], out: Path) -> list:
     """Return the axes of the picture that `draw` writes."""
     from matplotlib.figure import Figure

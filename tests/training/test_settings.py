@@ -98,6 +98,8 @@ def test_every_engine_has_the_same_default_folder(config: Path, monkeypatch):
         ("logging.to=[wandb, wandb]", ["names a dashboard twice", "wandb"]),
         ("logging.peak_tflops=0", ["logging.peak_tflops"]),
         ("samples.every=5", ["samples.prompts is empty", "at least one prompt"]),
+        ("samples.prompts=[\"a \\u001b[31mcat\"]", ["samples.prompts", "has U+001B"]),
+        ("samples.prompts=[\"\\u200b\"]", ["the empty prompt"]),
         ("samples={every: 5, prompts: ['']}", ["empty prompt"]),
         ("samples={every: 5, prompts: [a], options: {steps: 3}}", ["samples.options", "steps", "num_inference_steps"]),
         ("samples={every: 5, prompts: [a], options: {num_inference_steps: 0}}", ["num_inference_steps 0", "1 to 1000"]),

@@ -185,6 +185,10 @@ def test_clips_that_the_model_could_not_generate(micro_settings):
     model["overrides"]["max_position_embeddings"] = 40
     with pytest.raises(UserError, match="need 48 tokens beside their text, but the model has max_position_embeddings 40"):
         ArdfTask(micro_settings(model=model), CPU)
+    task = ArdfTask(micro_settings(), CPU)
+    task.source.most_codes = {"image": 4, "video": 10**6}  # as shards of several sizes may have
+    with pytest.raises(UserError, match="the largest clip has 1,000,000 codes, but the model has max_position_embeddings"):
+        task._check_length()
 
 
 @pytest.mark.slow

@@ -357,3 +357,17 @@ def test_real_film(tmp_path):
     assert np.array_equal(slower, whole[[50 + int(25 * n / 8) for n in range(17)]])
     again, _ = read_video(write_video(tmp_path / "a.mp4", whole[:33], 25))
     assert psnr(again, whole[:33]) > 30
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png"])
+def test_a_comment_takes_names_that_are_not_utf8(tmp_path, suffix):
+    write_video(tmp_path / f"a{suffix}", np.zeros((1, 16, 16, 3), np.uint8), 8, {"model": "caf\udce9"})
+    assert rb"caf\udce9" in (tmp_path / f"a{suffix}").read_bytes().replace(rb"\\", b"\\")
+
+
+@pytest.mark.parametrize("name", ["take:1.mp4", "http:x.mp4", "pipe:1.mp4", "-x.mp4", "a%03d.mp4"])
+def test_names_that_are_more_to_ffmpeg(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, np.zeros((2, 16, 16, 3), np.uint8), 8)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(read_video(name)[0]) == 2

@@ -18,7 +18,7 @@ from lumos.data.ingest.item import TOO_SHORT, Item, as_text, problem_of, problem
 from lumos.data.ingest.manifest import as_file
 from lumos.data.shards import format as shards
 from lumos.errors import UserError
-from lumos.runtime import pick_device
+from lumos.runtime import pick_device, plain_defaults
 from lumos.video.frames import fit, from_uint8
 from lumos.video.reading import OpenVideo, is_still, open_video, read_image
 from tokenizer import VideoTokenizer
@@ -130,6 +130,7 @@ class ItemEncoder:
     `begin` reads, `finish` encodes. Different threads may do them, so that a worker reads one item while it encodes another.
     """
 
+    @plain_defaults()
     def __init__(self, spec: EncoderSpec):
         self.settings = spec.settings
         self.tokenizer = VideoTokenizer.from_pretrained(spec.tokenizer, device=str(pick_device(spec.device)))
@@ -163,6 +164,7 @@ def begin(item: Item, settings: ClipSettings, step: int) -> Begun | Skip:
 
 
 @torch.no_grad()
+@plain_defaults()
 def finish(begun: Begun | Skip, settings: ClipSettings, tokenizer: VideoTokenizer) -> Result:
     """Encode an item that is begun, and read its other clips; for the result and the errors see `ingest_item`."""
     if isinstance(begun, Skip):

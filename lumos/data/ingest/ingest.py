@@ -80,7 +80,8 @@ def ingest(
         raise UserError(f"max_failure_rate {max_failure_rate} is not allowed; it is a share from 0 to 1")
     if engine not in EXECUTORS:
         raise UserError(f"engine {engine!r} is unknown; allowed: {', '.join(EXECUTORS)}")
-    todo = items(sources, captions, warn, caption)
+    said: list[str] = []
+    todo = items(sources, captions, said.append, caption)
     shards.parquet()
     model = VideoTokenizer.from_pretrained(tokenizer, device="cpu")
     settings.check(model)
@@ -107,12 +108,13 @@ def ingest(
         lost = tally.lost() if whole else None
         state.finish(whole and not lost)
         lost = lost or missing_in_folder(state)
-        for warning in state.warnings:
+        warnings = [*state.warnings, *said]
+        for warning in warnings:
             warn(printable(warning))
         problem = lost or state.failure(max_failure_rate)
         report = {
             **state.counts(), "new_items": len(state.done) + len(state.skipped) - earlier, "seen_items": tally.seen,
-            "stopped": problem, "warnings": state.warnings,
+            "stopped": problem, "warnings": warnings,
             "skipped": [{"id": id_, **why} for id_, why in list(state.skipped.items())[:1000]], "all_skipped": JOURNAL,
             "settings": asdict(settings), "sources": [as_text(str(source)) for source in sources], "workers": workers,
             "engine": engine,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lumos.errors import is_out_of_memory
 from lumos.video.hdr import HighDynamicRange
+from lumos.wording import is_blank, wrong_character
 
 PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm")
 CLIPS = (
@@ -41,7 +42,6 @@ MAX_CAPTION_LENGTH = 10_000
 """Largest number of characters of a caption. Long captions by people or models have about a tenth of it."""
 
 _ODD = r"[\ud800-\udfff]"
-_CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 _ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)\Z)"
 
 
@@ -138,16 +138,11 @@ def problem_of_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
 
 
 def problem_of_caption(caption: str) -> tuple[str, str] | None:
-    """Return (reason, detail) if a caption is empty, not text or too long, else None."""
-    if not caption:
+    """Return (reason, detail) if a caption, as one line, shows nothing, is not text or is too long, else None."""
+    if wrong := wrong_character(caption):
+        return BAD_CAPTION, f"the caption {wrong}"
+    if is_blank(caption):
         return NO_CAPTION, "no caption in the source, beside the file or in --captions"
-    if re.search(_ODD, caption):
-        return BAD_CAPTION, "the caption is not UTF-8 text; save it as UTF-8"
-    if "\ufffd" in caption:
-        return BAD_CAPTION, "the caption has the mark of characters that an earlier conversion lost (U+FFFD); write them again"
-    if control := re.search(_CONTROL, caption):
-        why = f"the caption has the control character U+{ord(control[0]):04X}, as text of another encoding has"
-        return BAD_CAPTION, f"{why}; save it as UTF-8"
     if len(caption) > MAX_CAPTION_LENGTH:
         return LONG_CAPTION, f"the caption has {len(caption):,} characters; at most {MAX_CAPTION_LENGTH:,} are allowed"
     return None

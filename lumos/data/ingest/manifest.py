@@ -39,17 +39,19 @@ from lumos.data.ingest.item import (
     problem_of_file,
     row_name,
 )
-from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, TableRow, first, rows
+from lumos.data.ingest.tables import CAPTION_KEYS, MAX_ROW_LENGTH, PATH_KEYS, TABLES, TableRow, first, not_text, rows
 from lumos.data.ingest.tars import tar_items
 from lumos.data.shards.description import DESCRIPTION, SHEET
 from lumos.errors import RunError, UserError, shown
-from lumos.files import existing_path, open_regular, text_of
+from lumos.files import existing_path, open_regular
 from lumos.video.reading import can_read
+from lumos.wording import one_line, text_of
 
 MAX_PATH_LENGTH = 4096
 """Largest number of characters of a path in a table; no operating system opens a longer one."""
-ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|rar|7z)$", re.IGNORECASE)
+ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz|zst|lz4?|lzma|z|br))?|tgz|tbz2?|txz|tzst|zip|rar|7z)$", re.IGNORECASE)
 """The end of the names of archives, which may hold media."""
+NO_PATH = f"no path; columns for it: {', '.join(PATH_KEYS)}"
 OF_CAPTIONS = "--captions"
 """First part of the ids of bad rows of the captions table, where other ids have the name of their source.
 A table cannot have this name."""
@@ -83,7 +85,7 @@ def items(
     if caption is not None:
         if table:
             raise UserError("--captions and --caption both say what the clips show; leave one of them out")
-        if problem := problem_of_caption(" ".join(caption.split())):
+        if problem := problem_of_caption(one_line(caption)):
             raise UserError(f"--caption {shown(caption)} cannot be used: {problem[1]}")
     return _checked(paths, table, warn, caption)
 
@@ -99,17 +101,22 @@ def _check_source(path: Path) -> None:
         return
     if problem := problem_of_file(path):
         raise UserError(f"cannot read the source: {problem[1]}")
-    if path.suffix.lower() not in (*TABLES, *MEDIA, ".tar") and not can_read(path):
+    if path.suffix.lower() == ".tar":
+        return
+    if ARCHIVE.search(path.name):
+        raise UserError(f"{path} is an archive; unpack it, and name the folder, or a .tar in it, as the source")
+    if path.suffix.lower() not in (*TABLES, *MEDIA) and not can_read(path):
         raise UserError(f"{path} is not a known kind of source; allowed: a folder, {' '.join(TABLES)}, .tar, {' '.join(MEDIA)}")
 
 
 def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None], caption: str | None) -> Iterator[Item]:
     """Yield all items with their captions, or with `caption`; an item whose id came before is a duplicate."""
     captions: dict[str, str] = {}
-    used: set[str] = set()
+    used: dict[str, str] = {}
+    shared: dict[str, None] = {}
     seen: Counter[bytes] = Counter()
-    for item in _all_items(paths, table, captions):
-        item = _with_caption(item, captions, used, caption)
+    for item in _all_items(paths, table, captions, warn):
+        item = _with_caption(item, captions, used, shared, caption)
         key = hashlib.blake2b(item.id.encode(), digest_size=16).digest()  # needs less memory than the id
         seen[key] += 1
         if seen[key] > 1:
@@ -120,31 +127,52 @@ def _checked(paths: list[Path], table: Path | None, warn: Callable[[str], None],
             f"{len(unused):,} of {len(captions):,} captions of {table} are for files that are in no source; the first is for "
             f"{shown(unused[0])}"
         )
+    if shared:
+        warn(
+            f"{len(shared):,} captions of {table} count for files in several folders, as no folder is named; the first is for "
+            f"{shown(next(iter(shared)))}"
+        )
 
 
-def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str]) -> Iterator[Item]:
+def _all_items(paths: list[Path], table: Path | None, captions: dict[str, str], warn: Callable[[str], None]) -> Iterator[Item]:
     """Yield the items of all sources; first fill `captions` from the table and yield its bad rows."""
     if table is not None:
         yield from _read_captions(table, captions)
     for path in paths:
-        yield from _items_of(path)
+        is_empty = True
+        for item in _items_of(path, warn):
+            is_empty = False
+            yield item
+        if is_empty and len(paths) > 1:
+            warn(f"the source {path} has no media file and no row")
 
 
-def _with_caption(item: Item, captions: dict[str, str], used: set[str], of_all: str | None) -> Item:
+def _with_caption(
+    item: Item, captions: dict[str, str], used: dict[str, str], shared: dict[str, None], of_all: str | None
+) -> Item:  # fmt: skip
     """Return the item with its caption as one line, or with a problem if it has no valid caption.
 
-    The name of the caption that it takes from `captions` is added to `used`. `of_all` is the caption of any item.
+    `of_all` is the caption of any item. `used` gets the folder of the first item that takes a caption from `captions`, by the
+    name of the caption, and `shared` the names of captions that items of several folders take.
     """
     name = PurePosixPath(_matching(item.id.partition("/")[2] or item.id))
-    key = next((key for key in (str(name), name.name, name.stem) if key in captions), None)
+    key = next((key for key in (str(name), name.name, name.stem) if key in captions and not _is_of_another(key, name, item)), None)
     own = item.caption if key is None else captions[key]
-    caption = " ".join((own if of_all is None else of_all).replace("\ufeff", "").split())
+    caption = one_line(own if of_all is None else of_all)
     problem = item.problem
-    if key is not None:
-        used.add(key)
+    if key is not None and used.setdefault(key, str(name.parent)) != str(name.parent):
+        shared[key] = None
     if (key is not None or of_all is not None) and problem and problem[0] in (BAD_CAPTION, LONG_CAPTION):
         problem = None
     return replace(item, caption=caption, problem=problem or problem_of_caption(caption))
+
+
+def _is_of_another(key: str, name: PurePosixPath, item: Item) -> bool:
+    """Return whether a name in a table of captions is the path of another file of the item's folder."""
+    if key == str(name) or item.member is not None:
+        return False
+    root = Path(item.path).parents[len(name.parts) - 1] if len(Path(item.path).parts) > len(name.parts) else None
+    return root is not None and existing_path(root, key).is_file()
 
 
 def _matching(name: str) -> str:
@@ -155,12 +183,12 @@ def _matching(name: str) -> str:
     return unicodedata.normalize("NFC", name).replace("\\", "/")
 
 
-def _items_of(path: Path) -> Iterator[Item]:
+def _items_of(path: Path, warn: Callable[[str], None]) -> Iterator[Item]:
     name, suffix = as_text(path.resolve().name), path.suffix.lower()
     if path.is_dir():
-        yield from folder_items(path, name)
+        yield from folder_items(path, name, warn)
     elif suffix == ".tar":
-        yield from tar_items(path, name)
+        yield from tar_items(path, name, warn)
     elif suffix in TABLES:
         try:
             for number, row in rows(path):
@@ -183,11 +211,13 @@ def _guarded(id_: str, path: str, make: Callable[[], Item]) -> Item:
         return Item(id_, path, problem=problem)
 
 
-def folder_items(root: Path, name: str) -> Iterator[Item]:
+def folder_items(root: Path, name: str, warn: Callable[[str], None] = lambda text: None) -> Iterator[Item]:
     """Yield the media files in a folder and its subfolders, the entries of each folder sorted by name.
 
-    Hidden files and folders are left out. A link to a folder is followed, but no folder is read twice.
+    Hidden files and folders are left out. A link to a folder is followed, but no folder is read twice. `warn` is called at the
+    end if there are captions without media.
     """
+    alone, first_alone = 0, ""
     # A list as the stack instead of recursion, because folders can be nested deeper than Python's stack allows.
     # (path relative to the root, whether it is a folder, whether a folder above it is a link); the last element is the next one
     todo = [("", True, False)]
@@ -207,12 +237,24 @@ def folder_items(root: Path, name: str) -> Iterator[Item]:
                 yield Item(id_, str(path), problem=(UNREADABLE, f"cannot list the folder {path}: {error.strerror}"))
                 continue
             todo += [(f"{below}/{entry}" if below else entry, is_dir, is_linked) for entry, is_dir in reversed(inside)]
+            texts = _texts_alone([entry for entry, is_dir in inside if not is_dir])
+            first_alone = first_alone or (f"{below}/{texts[0]}" if below and texts else next(iter(texts), ""))
+            alone += len(texts)
             continue
         drawn = path.name == SHEET and (path.parent / DESCRIPTION).exists()  # the preview of a folder of shards
         if ARCHIVE.search(path.name):
             yield Item(id_, str(path), problem=(NOT_A_FILE, f"{path} is an archive; name a .tar as a source, or unpack it"))
         elif not drawn and _is_media(path):
             yield _guarded(id_, str(path), lambda id_=id_, path=path: _file_item(id_, path))
+    if alone:
+        warn(f"{root} has {alone:,} texts beside no picture or clip; the first is {shown(first_alone)}")
+
+
+def _texts_alone(files: Sequence[str]) -> list[str]:
+    """Return the texts among the names of files of a folder that can be the caption of none of the others."""
+    names = [PurePosixPath(_matching(name)) for name in files]
+    media = {called for name in names if name.suffix.lower() not in NOT_MEDIA for called in (name.name, name.stem)}
+    return [file for file, name in zip(files, names, strict=True) if name.suffix.lower() == ".txt" and name.stem not in media]
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
@@ -239,19 +281,25 @@ def _is_new(folder: Path, root: Path, linked: set[tuple[int, int]]) -> bool:
 def _is_media(path: Path) -> bool:
     """Return whether an entry of a folder is taken for a picture or a clip: by its suffix, or by its content if it is unknown.
 
-    It is also taken if it cannot be known, as for a link that leads nowhere and for a pipe. Reading it then says what is wrong.
+    It is also taken if it cannot be known, as for a link that leads nowhere and for a pipe, and if a caption lies beside it.
+    Reading it then says what is wrong.
     """
     suffix = path.suffix.lower()
     if suffix in MEDIA or suffix in OTHER_MEDIA:
         return True
-    return suffix not in NOT_MEDIA and (not path.is_file() or not os.access(path, os.R_OK) or can_read(path))
+    if suffix in NOT_MEDIA:
+        return False
+    return not path.is_file() or not os.access(path, os.R_OK) or can_read(path) or os.path.lexists(_text_beside(path))
 
 
 def _text_beside(file: Path) -> Path:
-    """Return the path of the caption beside a file, in the Unicode form and case in which it exists."""
-    names = [file.stem, *(unicodedata.normalize(form, file.stem) for form in ("NFC", "NFD"))]
-    found = [file.with_name(name + suffix) for suffix in (".txt", ".TXT") for name in names]
-    return next((text for text in found if os.path.lexists(text)), found[0])
+    """Return the path of the caption beside a file, in the Unicode form and case in which it exists.
+
+    It has the name of the file with the suffix .txt behind it, or in place of the file's suffix.
+    """
+    names = [unicodedata.normalize(form, name) if form else name for name in (file.name, file.stem) for form in ("", "NFC", "NFD")]
+    found = [file.with_name(name + suffix) for name in names for suffix in (".txt", ".TXT")]
+    return next((text for text in found if os.path.lexists(text)), file.with_name(f"{file.stem}.txt"))
 
 
 def _file_item(id_: str, file: Path) -> Item:
@@ -262,6 +310,8 @@ def _file_item(id_: str, file: Path) -> Item:
         with open_regular(text) as opened:
             data = opened.read(MAX_ROW_LENGTH + 1)
     except FileNotFoundError:
+        if text.is_symlink():
+            return Item(id_, str(file), problem=(BAD_CAPTION, f"{text} is a link that leads nowhere"))
         return Item(id_, str(file))
     except (OSError, ValueError) as error:
         return Item(id_, str(file), problem=(BAD_CAPTION, f"cannot read {text}: {getattr(error, 'strerror', None) or error}"))
@@ -275,31 +325,38 @@ def _row_item(manifest: Path, name: str, id_: str, row: TableRow) -> Item:
         return Item(id_, str(manifest), problem=(BAD_ROW, row))
     written, caption = first(row, PATH_KEYS), first(row, CAPTION_KEYS)
     if not written:
-        return Item(id_, str(manifest), problem=(BAD_ROW, f"no path; columns for it: {', '.join(PATH_KEYS)}"))
+        return Item(id_, str(manifest), problem=(BAD_ROW, not_text(row, PATH_KEYS) or NO_PATH))
     if len(written) > MAX_PATH_LENGTH:
         why = f"its path has {len(written):,} characters; at most {MAX_PATH_LENGTH:,} are allowed"
         return Item(id_, str(manifest), problem=(BAD_ROW, why))
     path = str(existing_path(manifest.parent, written))
     try:
         start, end = _seconds(row.get("start")) or 0.0, _seconds(row.get("end"))
-        if end is not None and math.isnan(end):  # tables use NaN for a missing value
-            end = None
         if not 0 <= start < (math.inf if end is None else end) or end == math.inf:
             raise ValueError("start must be at least 0 and below end")
     except (TypeError, ValueError, OverflowError) as error:
         why = f"start {shown(row.get('start'))}, end {shown(row.get('end'))}: {error}"
         return Item(id_, path, caption, problem=(BAD_ROW, why))
     part = "" if start == 0 and end is None else f"@{start!r}-{'' if end is None else repr(end)}"
-    return Item(f"{name}/{row_name(Path(written).as_posix())}{part}", path, caption, start, end)
+    wrong = None if caption else not_text(row, CAPTION_KEYS)
+    problem = wrong and (BAD_CAPTION, f"the column {wrong}")
+    return Item(f"{name}/{row_name(Path(written).as_posix())}{part}", path, caption, start, end, problem=problem)
 
 
 def _seconds(value: Any) -> float | None:
-    """Return a time of a row in seconds; None for an empty cell. Raise TypeError or ValueError for other values."""
+    """Return a time of a row in seconds; None for an empty cell and for NaN, which tables use for one.
+
+    Raise TypeError, ValueError or OverflowError for other values.
+    """
     if value is None or value == "":
         return None
     if isinstance(value, bool):
         raise TypeError("a time is a number of seconds")
-    return float(value)
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise TypeError("a time is a number of seconds, for example 62.5") from None
+    return None if math.isnan(seconds) else seconds
 
 
 def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
@@ -310,10 +367,13 @@ def _read_captions(table: Path, captions: dict[str, str]) -> Iterator[Item]:
     for number, row in rows(table):
         path = "" if isinstance(row, str) else first(row, PATH_KEYS)
         if not path:
-            why = row if isinstance(row, str) else f"no path; columns for it: {', '.join(PATH_KEYS)}"
+            why = row if isinstance(row, str) else not_text(row, PATH_KEYS) or NO_PATH
             yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, why))
             continue
         name, caption = _matching(as_text(PurePosixPath(path).as_posix())), first(row, CAPTION_KEYS)
+        if not caption and (wrong := not_text(row, CAPTION_KEYS)):
+            yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(BAD_ROW, f"the column {wrong}"))
+            continue
         if captions.setdefault(name, caption) != caption:
             why = f"an earlier row has another caption for {shown(path)}, which is the one that counts"
             yield Item(f"{OF_CAPTIONS}/row {number}", str(table), problem=(DUPLICATE, why))

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from lumos.data.shards.format import parquet
 from lumos.errors import RunError, UserError, shown
-from lumos.files import encoding_of, open_regular, parse_json
+from lumos.files import open_regular, parse_json
+from lumos.wording import encoding_of, is_blank
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 PATH_KEYS = ("path", "file", "file_name", "filename", "video", "image")
@@ -66,12 +67,18 @@ def rows(table: Path) -> Iterator[tuple[int, TableRow]]:
 
 
 def first(row: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Return the first value that is not empty among the columns `keys`, without spaces around it.
+    """Return the first text that shows something among the columns `keys`, without spaces around it; "" if there is none."""
+    values = (row.get(key) for key in keys)
+    return next((value.strip() for value in values if isinstance(value, str) and not is_blank(value)), "")
 
-    Return "" if there is no such value or if it is not text.
-    """
-    value = next((row[key] for key in keys if row.get(key) not in (None, "")), "")
-    return value.strip() if isinstance(value, str) else ""
+
+def not_text(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
+    """Return a message about the first value that is no text among the columns `keys`, or None. None and NaN are no values."""
+    for key in keys:
+        value = row.get(key)
+        if value is not None and value == value and not isinstance(value, str):
+            return f"{key} is {shown(value, 60)}, not text"
+    return None
 
 
 def json_row(line: str) -> TableRow:
@@ -134,7 +141,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
             yield line
         ended = True
 
-    names, reader = None, csv.reader(feed(), strict=True)
+    names, reader = None, csv.reader(feed(), strict=True, skipinitialspace=True)
     while True:
         record.clear()
         try:
@@ -143,7 +150,7 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[TableRow]:
             if names is None:
                 raise
             again.extendleft(reversed(record[1:]))
-            ended, reader = False, csv.reader(feed(), strict=True)
+            ended, reader = False, csv.reader(feed(), strict=True, skipinitialspace=True)
             yield f"it is not a row of comma-separated values: {error}; a quote inside of quotes is written twice"
             continue
         if cells is None:

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from lumos.errors import UserError
-from lumos.evaluation.experiments.intervals import paired_difference, share_difference, values_of
+from lumos.evaluation.experiments.intervals import paired_difference, same_clips_difference, share_difference, values_of
 
 AGREES, DISAGREES, TOO_EARLY = "agrees", "does not agree", "too early to tell"
 
@@ -73,14 +73,17 @@ def at_chance(figure: str, pairs: dict[str, tuple[float, float]], floor: dict[st
 def difference_of(one: list[dict], other: list[dict], figure: str, trained: bool) -> list[float]:
     """Return the 95 % interval of the difference of a figure in the runs of two variants.
 
-    A share of clips of models that are not trained here has the interval of pooled clips, which are independent. Where each seed
-    trains a model of its own, the interval holds that one and the one of paired seeds. Other figures have that of paired seeds.
+    A share of clips of models that are not trained here has the interval of the clips of all seeds, prompt by prompt if the runs
+    hold a verdict on each clip. Where each seed trains a model of its own, the interval holds that one and the one of paired
+    seeds. Other figures have that of paired seeds.
     """
     paired = paired_difference(*(measured(runs, figure) for runs in (one, other)))
     counts = [[run["counts"][figure] for run in runs if figure in run.get("counts", {})] for runs in (one, other)]
     if not all(counts):
         return paired
-    pooled = share_difference(*counts)
+    sides = ["".join(run["verdicts"].get(figure, "") for run in runs if "verdicts" in run) for runs in (one, other)]
+    by_prompt = len(sides[0]) == len(sides[1]) == sum(total for _, total in counts[0])
+    pooled = same_clips_difference(*sides) if by_prompt else share_difference(*counts)
     return [min(pooled[0], paired[0]), max(pooled[1], paired[1])] if trained else pooled
 
 

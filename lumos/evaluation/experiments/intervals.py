@@ -58,6 +58,24 @@ def share_difference(one: list[list[int]], other: list[list[int]]) -> list[float
     return [round(p - q - below, 4), round(p - q + above, 4)]
 
 
+def same_clips_difference(one: str, other: str) -> list[float]:
+    """Return the 95 % interval of the difference of two shares of the same clips (Newcombe 1998, paired, method 10).
+
+    one, other: for each prompt "1" if its clip is right, else "0". Both variants answer the same prompts from the same noise, so
+    their verdicts go together, and the interval is narrower than `share_difference`.
+    """
+    total, (first, second) = len(one), (found.count("1") for found in (one, other))
+    both = sum(a == b == "1" for a, b in zip(one, other, strict=True))
+    (p, low, high), (q, least, most) = ((right / total, *wilson(right, total)) for right in (first, second))
+    excess, spread = both * total - first * second, first * (total - first) * second * (total - second)
+    excess = max(excess - total / 2, 0) if excess > 0 else excess
+    together = excess / spread**0.5 if spread else 0.0  # the correlation of the verdicts, corrected for continuity
+    below, above = (
+        (mine**2 - 2 * together * mine * its + its**2) ** 0.5 for mine, its in ((p - low, most - q), (high - p, q - least))
+    )
+    return [round(p - q - below, 4), round(p - q + above, 4)]
+
+
 def paired_difference(one: list[float], other: list[float]) -> list[float]:
     """Return the 95 % interval of the mean difference of two variants, seed by seed (Student's t). Both have 2 to 10 seeds."""
     return mean_interval([a - b for a, b in zip(one, other, strict=True)])

@@ -1,12 +1,13 @@
 """The plots of an experiment, in one picture.
 
-There is a panel for each curve, one for all shares of `evaluate prompts`, one for the amount of
-motion and one for the time. Lines are means over seeds. Bands and error bars show one standard
-deviation.
+There is a panel for each curve, one for all shares of `evaluate prompts`, one for each figure that
+is no share and one for the time. Up to four stand in a row; more of them stand in rows of three.
+Lines are means over seeds. Bands and error bars show one standard deviation.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from lumos.files import replacing
 
 PANELS = ("moved", "frechet", "psnr", "clip_gflops", "clip_seconds", "memory_mb")
 """Figures that are not shares and may be above 1, which have panels of their own."""
+LONGEST_ROW, ROW = 4, 3
+"""The most panels that stand in one row, and the panels of each row where there are more."""
 OVER = {"step": "training steps", "flops": "training FLOPs"}
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
@@ -39,10 +42,12 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
     judged = [row for row in variants.values() if seconds and row["x"] is not None and "seconds" in row["runs"][0]]
     times, clock = times_of(judged)
     panels = len(fields) + len(shares) + bool(times)
-    figure = Figure(figsize=(6.0 * panels, 4.2), layout="constrained")
+    columns = max(1, panels) if panels <= LONGEST_ROW else ROW
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(6.0 * columns, 4.2 * rows), layout="constrained")
     figure.suptitle(result["question"], fontsize=11)
     for n, field in enumerate(fields, 1):
-        axes = figure.add_subplot(1, panels, n)
+        axes = figure.add_subplot(rows, columns, n)
         trained = {name: row for name, row in variants.items() if "curves" in row["runs"][0]}
         for k, (name, row) in enumerate(trained.items()):
             _band(axes, curve(row["runs"], field), f"C{k}", name)
@@ -57,9 +62,9 @@ def draw(result: dict[str, Any], figures: list[str], path: Path, *, seconds: boo
         _finish(axes, title, "latent frame" if per_place else OVER[result["over"]])
     for n, (title, names) in enumerate(shares.items(), len(fields) + 1):
         named = {name: in_words(name, words) for name in names}
-        _shares(figure.add_subplot(1, panels, n), variants, named, title, result["axis"])
+        _shares(figure.add_subplot(rows, columns, n), variants, named, title, result["axis"])
     if times:
-        axes = figure.add_subplot(1, panels, panels)
+        axes = figure.add_subplot(rows, columns, panels)
         _band(axes, times, "C0", "a clip, median of the seeds", "-o")
         axes.set_ylim(bottom=0)
         _finish(axes, clock, result["axis"])

@@ -43,7 +43,8 @@ def results_of(job: ExperimentJob, experiment: Experiment) -> dict[str, Any]:
         found |= {"kinds": judged["shares"], "seconds": judged["seconds"], "clips": judged["count"] * len(judged["shares"])}
         found |= {name: judged[name] for name in ("cpu_seconds", "clip_flops", "peak_memory_mb", "frechet_features")
                   if name in judged}  # fmt: skip
-        found["counts"] = counts_of(judged.get("clips", {}))
+        found["verdicts"] = verdicts_of(judged.get("clips", {}))
+        found["counts"] = {name: [marks.count("1"), len(marks)] for name, marks in found["verdicts"].items()}
         figures = {figure for shares in judged["shares"].values() for figure in shares}
         found["shares"] = {
             figure: statistics.mean(shares[figure] for shares in judged["shares"].values() if figure in shares)
@@ -68,16 +69,18 @@ def value_of(line: dict[str, Any], field: str) -> Any:
     return value[int(place.rstrip("]"))] if place and value is not None else value
 
 
-def counts_of(clips: dict[str, list[dict[str, Any]]]) -> dict[str, list[int]]:
-    """Return {figure: [right, all]} of the verdicts of all kinds, and of one kind as 'all of two'."""
-    counts: dict[str, list[int]] = {}
+def verdicts_of(clips: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Return {figure: "1" for each clip that is right, "0" for others} of all kinds, and of one kind as 'all of two'.
+
+    The order is that of the prompts, so two variants with the same prompts can be compared clip by clip.
+    """
+    marks: dict[str, str] = {}
     for kind, verdicts in clips.items():
         for verdict in verdicts:
             for figure, right in verdict.items():
                 for name in (figure, f"{figure} of {kind}") if isinstance(right, bool) else ():
-                    row = counts.setdefault(name, [0, 0])
-                    row[0], row[1] = row[0] + right, row[1] + 1
-    return counts
+                    marks[name] = marks.get(name, "") + "01"[right]
+    return marks
 
 
 def read_judged(file: Path) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lumos.models.lumos1.attention import Attend, equal_runs, prefix_attention, segmented_attention
 from lumos.models.lumos1.history_thinning import leaving
 from lumos.models.lumos1.modeling import LumosForVideoGeneration
 from lumos.models.lumos1.sequence import SequenceLayout
+
+VALUES = 64
 
 
 class Cache:
@@ -153,20 +155,21 @@ class PrefixCache:
     """Keys and values of one prefix, saved for later calls with the same ids and the same weights.
 
     Most calls share the unconditional prefix, so it need not be computed again. A change of the weights
-    is detected by each parameter's address and dtype, and by torch's counter of in-place writes.
+    is detected by each parameter's address and dtype, by torch's counter of in-place writes, and, as that does not
+    count writes to `parameter.data`, by some of the values.
     """
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._stored: tuple[Tensor, Tensor] | None = None
+        self._saved: tuple[tuple | None, tuple[Tensor, Tensor] | None] = None, None  # one value: several threads may use a pipeline
 
     def load(self, model: LumosForVideoGeneration, prefix: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the keys and values [layers, Hkv, L, D] of a prefix [L], or None if they are not saved."""
-        return self._stored if self._key == self._key_of(model, prefix) else None
+        key, stored = self._saved
+        return stored if key == self._key_of(model, prefix) else None
 
     def save(self, model: LumosForVideoGeneration, prefix: Tensor, stored: tuple[Tensor, Tensor]) -> None:
         """Save the keys and values of a prefix [L] in place of those of the last one."""
-        self._key, self._stored = self._key_of(model, prefix), stored
+        self._saved = self._key_of(model, prefix), stored
 
     @staticmethod
     def _key_of(model: LumosForVideoGeneration, prefix: Tensor) -> tuple:
@@ -175,4 +178,15 @@ class PrefixCache:
             return object() if p.is_inference() else p._version
 
         skipped = tuple(layer.skipped for layer in model.model.layers)
-        return tuple(prefix.tolist()), skipped, tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())
+        weights = tuple((p.data_ptr(), version(p), p.dtype) for p in model.parameters())
+        return tuple(prefix.tolist()), skipped, weights, some_values(model)
+
+
+@torch.no_grad()
+def some_values(model: nn.Module) -> tuple[float, ...]:
+    """Return a sum of VALUES values of each parameter that holds plain numbers in memory."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for p in model.parameters():
+        if type(p.data) is Tensor and p.numel() and not p.is_meta:
+            sums.setdefault(p.device, []).append(p.detach().flatten()[:: -(-p.numel() // VALUES)].float().sum())
+    return tuple(value for on_device in sums.values() for value in torch.stack(on_device).tolist())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.engine import code_offsets
 from lumos.models.lumos1.sequence import Frame
 from lumos.pipeline.base import StepCallback, VideoPipeline
+from lumos.pipeline.calls import check_answer
 
 TENSOR_INPUTS = ("codes", "history")
 
@@ -57,9 +58,7 @@ def step_callback(
         offered = {"codes": lambda: codes.clone(), "history": history}
         still_masked = int((codes < 0).sum(dim=(1, 2)).max())
         result = callback(pipe, steps_before(frame) + step, still_masked, {name: offered[name]() for name in names})
-        if result is not None and not isinstance(result, Mapping):
-            raise UserError(f"the callback gave {shown(result)}; give nothing, or a dict as {{'codes': ...}}")
-        if result and "codes" in result:
+        if "codes" in (result := check_answer(result, TENSOR_INPUTS)):
             changed = check_codes(result["codes"], codes, config).to(ids.device)
             ids[:, at] = torch.where(changed < 0, tokens.view_as(changed), changed + config.visual_token_start).flatten(1)
 

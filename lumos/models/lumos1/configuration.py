@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 
-from lumos.errors import shown
+from lumos.errors import instead, shown
 from lumos.files import check_model_config
 
 POSITION_SCHEMES = ("mm_rope", "mm_rope_unscaled", "videorope", "m_rope", "rope_3d", "1d")
@@ -166,7 +166,7 @@ class LumosConfig(PreTrainedConfig):
         Raises ValueError for an unknown name.
         """
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {shown(name)}; known presets: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {shown(name)}{instead(name, PRESETS, 'known presets:')}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod

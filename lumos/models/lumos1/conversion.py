@@ -24,6 +24,7 @@ from transformers.initialization import no_init_weights
 
 from lumos.errors import RunError, UserError, as_text, reason_of, shown
 from lumos.files import read_json
+from lumos.lora import check_no_adapter
 from lumos.models.lumos1.configuration import LumosConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,6 +50,7 @@ def prepare_checkpoint(
         if path.suffix or path.is_absolute() or str(folder).startswith("."):
             raise UserError(f"no model folder at {folder}; give a folder with config.json and {WEIGHTS}")
         return folder, kwargs
+    check_no_adapter(path)
     config = kwargs.get("config") or read_config(path)
     shapes = read_shapes(weight_files(path))
     renamed, found = match_layout(path, shapes, config, model_class)

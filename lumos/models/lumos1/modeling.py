@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from lumos.compression.prunable import PrunableStack
 from lumos.files import updating_folder
+from lumos.lora import check_no_adapter
 from lumos.models.lumos1.attention import Attend, attention_for, save_attention_outputs
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import prepare_checkpoint
@@ -291,6 +292,7 @@ class LumosForVideoGeneration(PrunableStack, LumosPreTrainedModel):
         if kwargs.get("push_to_hub") or not is_main_process:
             super().save_pretrained(save_directory, is_main_process, **kwargs)
             return
+        check_no_adapter(save_directory)
         with updating_folder(save_directory, re.compile(MODEL_FILES).fullmatch) as writing:
             super().save_pretrained(writing, **kwargs)
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
+from lumos.data.trained_on import TRAINED_ON_FILE, TrainedOn, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, UserError
 from lumos.files import updating_folder
-from lumos.lora import fingerprints, merge_adapter
+from lumos.lora import check_no_adapter, fingerprints, merge_adapter
 from lumos.models.lumos1.cache import PrefixCache
 from lumos.models.lumos1.callback import TENSOR_INPUTS, step_callback
 from lumos.models.lumos1.conversion import check_written
@@ -38,15 +39,16 @@ from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, StepCallback, VideoPipeline
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
-from lumos.pipeline.hub import local_folder
+from lumos.pipeline.hub import local_folder, model_folder
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from lumos.video.frames import from_uint8, to_uint8
 from tokenizer import TextTokenizer, VideoTokenizer
 from tokenizer.streaming import StreamDecoder
+from tokenizer.text import PLACES
 
-PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|text_tokenizer|video_tokenizer(\\.json)?"
+PARTS_OF_FOLDER = f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{PLACES}|video_tokenizer(\\.json)?"
 
 
 class LumosPipeline(VideoPipeline):
@@ -67,10 +69,13 @@ class LumosPipeline(VideoPipeline):
         video_tokenizer: VideoTokenizer,
         settings: GenerationSettings | None = None,
         clip: ClipDefaults | None = None,
+        trained_on: TrainedOn | None = None,
+        tokenizer_folders: tuple[str | Path, str | Path] | None = None,
     ):
         check_agreement(model.config, text_tokenizer, video_tokenizer)
         self.model, self.text_tokenizer, self.video_tokenizer = model.eval(), text_tokenizer, video_tokenizer.eval()
         self.settings, self.clip = settings or GenerationSettings(), clip or ClipDefaults()
+        self.trained_on, self.tokenizer_folders = trained_on, tokenizer_folders
         self._prefix_cache = PrefixCache()
         self.takes = takes_of(model.config)
 
@@ -92,15 +97,17 @@ class LumosPipeline(VideoPipeline):
         compile: bool = False,
         device_map: str | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
+        **download: Any,
     ) -> LumosPipeline:
         """Load a pipeline from a model folder.
 
         Args:
             folder: a saved or released model folder, or a repository ORG/NAME on the Hugging Face hub.
             revision: a branch, a tag or a commit of that repository.
+            download: token, cache_dir, local_files_only and force_download, see `lumos.pipeline.hub.local_folder`.
             video_tokenizer, text_tokenizer: other folders of the tokenizers. By default they are
                 `video_tokenizer/` and `text_tokenizer/` in `folder`.
-            lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
+            lora: an adapter folder, which a run with lora.rank exports, or its repository. It is merged into the weights.
             dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the decoder layers to int8 weights, see `lumos.pipeline.acceleration`. The
@@ -112,7 +119,7 @@ class LumosPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for
         options that cannot be combined.
         """
-        folder = local_folder(folder, revision)
+        folder = model_folder(cls, folder, revision, download, cls.generator)
         if not Path(folder).is_dir():
             raise UserError(f"there is no model folder {folder}; give the folder of a saved or released model")
         device = pick_device(device)
@@ -133,15 +140,14 @@ class LumosPipeline(VideoPipeline):
             raise UserError(f"{error} (video_tokenizer / --video-tokenizer names another place)") from error
         settings, clip = read_defaults(Path(folder), GenerationSettings)
         if lora is not None:
+            lora = local_folder(lora)
             model = merge_adapter(model, lora, fingerprints(video_tokenizer or folder, text_tokenizer or folder))
         if int8:
             use_int8_weights(model.model.layers)
         if compile:
             compile_parts(model, COMPILED)
-        pipe = cls(model, text, video, settings, clip)
-        pipe.trained_on = trained_on_of(folder, lora)
-        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
-        return pipe
+        tokenizers = (video_tokenizer or folder, text_tokenizer or folder)
+        return cls(model, text, video, settings, clip, trained_on_of(folder, lora), tokenizers)
 
     @bars_on_terminals()
     def save_pretrained(self, folder: str | Path) -> None:
@@ -156,6 +162,7 @@ class LumosPipeline(VideoPipeline):
             raise UserError("a decoder with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model.model.layers):
             raise UserError("a decoder with int8 weights is not saved; load it without int8 to save it")
+        check_no_adapter(folder)
         with updating_folder(folder, re.compile(PARTS_OF_FOLDER).fullmatch) as writing:
             self.model.save_pretrained(writing)
             check_written(writing, {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()})
@@ -263,5 +270,5 @@ class LumosPipeline(VideoPipeline):
             history=lambda: torch.cat([empty, *done], dim=1),
         )  # fmt: skip
 
-    def is_open(self, state: Tensor) -> bool:
+    def is_open(self, resolved: LumosResolved, step: int, state: Tensor) -> bool:
         return bool((state == self.model.config.mask_token_id).any())

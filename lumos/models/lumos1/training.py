@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lumos.data.curriculum import StepShape
 from lumos.data.seeding import VALIDATION_SEED, VALIDATION_STEP, sample_generator
 from lumos.data.source import TrainingClip, cut
-from lumos.errors import RunError, UserError, as_text, reason_of, shown
+from lumos.errors import RunError, UserError, as_text, instead, reason_of, shown
 from lumos.models.lumos1 import scoring
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.conversion import check_written, read_config
@@ -255,7 +255,7 @@ class ArdfTask(VideoTask):
         check_clip_shape(config, self.settings.data)
 
     def _check_length(self) -> None:
-        """Raise UserError if a usual clip is longer than max_position_embeddings.
+        """Raise UserError if a usual clip, or the largest of all, is longer than max_position_embeddings.
 
         The model could train on such a clip, but would refuse to generate one.
         """
@@ -268,6 +268,12 @@ class ArdfTask(VideoTask):
             raise UserError(
                 f"clips of {size} need {tokens} tokens beside their text, but the model has max_position_embeddings "
                 f"{config.max_position_embeddings}; take smaller or shorter clips, or raise model.overrides.max_position_embeddings"
+            )
+        if (codes := max(self.source.most_codes.values())) > config.max_position_embeddings:
+            raise UserError(
+                f"the largest clip has {codes:,} codes, but the model has max_position_embeddings "
+                f"{config.max_position_embeddings}; leave out the large clips, "
+                "lower data.num_frames, or raise model.overrides.max_position_embeddings"
             )
 
     def _check_memory(self) -> None:
@@ -375,4 +381,4 @@ def _reject_unknown(overrides: dict[str, Any]) -> None:
     known = set(LumosConfig().to_dict())
     for key in overrides:
         if key not in known:
-            raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known))}")
+            raise UserError(f"model.overrides.{as_text(key)} is unknown{instead(key, sorted(known))}")

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import AutoConfig
 
-from lumos.errors import UserError, shown
+from lumos.errors import UserError, instead, shown
 from lumos.files import check_model_config
 from lumos.settings import is_finite, is_number, is_whole
 
@@ -156,7 +156,7 @@ class StivConfig(PreTrainedConfig):
         """
         full = f"stiv-{name}" if f"stiv-{name}" in PRESETS else name
         if full not in PRESETS:
-            raise ValueError(f"unknown preset {shown(name)}; known presets: {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {shown(name)}{instead(full, PRESETS, 'known presets:')}")
         pictures = {"temporal_patch_size": 1} if overrides.get("temporal_attention") is False else {}
         return cls(**{**PRESETS[full], **pictures, **overrides})
 

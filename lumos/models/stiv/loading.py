@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lumos.errors import NotFound, UserError, as_text, reason_of, shown
 from lumos.files import read_json
+from lumos.lora import check_no_adapter
 from lumos.models.stiv.configuration import StivConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,6 +29,7 @@ def check_folder(folder: Path, model_class: type, config: StivConfig | None = No
         raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
     if not (folder / "config.json").is_file():
         raise NotFound(f"{folder} has no config.json; give the folder of a saved model")
+    check_no_adapter(folder)
     config = config or read_config(folder)
     shapes = read_shapes(weight_files(folder))
     if config.num_hidden_layers > len(shapes):  # checked first: building a model of very many layers takes long

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lumos.data.seeding import sample_generator
-from lumos.data.trained_on import TRAINED_ON_FILE, trained_on_of, write_trained_on
+from lumos.data.trained_on import TRAINED_ON_FILE, TrainedOn, trained_on_of, write_trained_on
 from lumos.errors import NotFinite, NotFound, UserError, shown
 from lumos.files import updating_folder
-from lumos.lora import fingerprints, merge_adapter
+from lumos.lora import check_no_adapter, fingerprints, merge_adapter
 from lumos.models.stiv.attention import StivRMSNorm
 from lumos.models.stiv.block import StivMLP
 from lumos.models.stiv.block_reuse import BlockReuse
@@ -35,20 +35,22 @@ from lumos.models.stiv.settings import StivOptions
 from lumos.models.stiv.text_encoder import FrozenTextEncoder, TextIds, TextStates, text_ids
 from lumos.pipeline.acceleration import compile_parts, has_int8_weights, use_int8_weights
 from lumos.pipeline.base import AfterStep, Encoded, StepCallback, VideoPipeline
+from lumos.pipeline.calls import check_answer
 from lumos.pipeline.defaults import DEFAULTS_FILE, ClipDefaults, read_defaults, write_defaults
-from lumos.pipeline.hub import local_folder
+from lumos.pipeline.hub import local_folder, model_folder
 from lumos.pipeline.inputs import check_prompt
 from lumos.pipeline.placement import is_spread, loading_arguments, pick_dtype
 from lumos.pipeline.request import Request
 from lumos.runtime import bars_on_terminals, pick_device, plain_defaults
 from tokenizer import TextTokenizer
+from tokenizer.text import PLACES
 
 USUAL_CLIP = ClipDefaults(num_frames=20, height=256, width=256, fps=8, target_size=None)
 """The shape of a clip of a model folder without pipeline.json."""
 TEXT_ENCODER = "text_encoder"
 """The folder of a frozen text encoder in a model folder."""
 PARTS_OF_FOLDER = (
-    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|text_tokenizer|video_tokenizer(\\.json)?|{AUTOENCODER}"
+    f"{MODEL_FILES}|{DEFAULTS_FILE}|{TRAINED_ON_FILE}|{TEXT_ENCODER}|{PLACES}|video_tokenizer(\\.json)?|{AUTOENCODER}"
 )
 
 
@@ -85,11 +87,13 @@ class StivPipeline(VideoPipeline):
         space: LatentSpace,
         settings: StivOptions | None = None,
         clip: ClipDefaults | None = None,
+        trained_on: TrainedOn | None = None,
+        tokenizer_folders: tuple[str | Path, str | Path] | None = None,
     ):
         check_agreement(model, text, space)
         self.model, self.text, self.space = model.eval(), text, space
         self.settings, self.clip = settings or StivOptions(), clip or USUAL_CLIP
-        self._is_open = False
+        self.trained_on, self.tokenizer_folders = trained_on, tokenizer_folders
 
     @classmethod
     @plain_defaults()
@@ -109,17 +113,19 @@ class StivPipeline(VideoPipeline):
         compile: bool = False,
         device_map: str | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
+        **download: Any,
     ) -> StivPipeline:
         """Load a pipeline from a model folder.
 
         Args:
             folder: a saved model folder, or a repository ORG/NAME on the Hugging Face hub.
             revision: a branch, a tag or a commit of that repository.
+            download: token, cache_dir, local_files_only and force_download, see `lumos.pipeline.hub.local_folder`.
             video_tokenizer: another folder of the network of the latents, a video tokenizer or an image autoencoder. By
                 default it is `video_tokenizer/` or `autoencoder/` in `folder`.
             text_tokenizer: another folder of the text tokenizer, or of the frozen text encoder with its tokenizer. By
                 default it is `text_tokenizer/` or `text_encoder/` in `folder`.
-            lora: an adapter folder, which a run with lora.rank exports. It is merged into the weights.
+            lora: an adapter folder, which a run with lora.rank exports, or its repository. It is merged into the weights.
             dtype, torch_dtype: a torch dtype or its name; default bfloat16 on CUDA, float32 on a CPU.
             device: default CUDA if there is a GPU, else the CPU.
             int8: quantize the blocks to int8 weights. The pipeline can then not be saved.
@@ -129,7 +135,7 @@ class StivPipeline(VideoPipeline):
         Raises UserError for folders that are missing, incomplete or do not belong together, and for options that cannot be
         combined.
         """
-        folder = local_folder(folder, revision)
+        folder = model_folder(cls, folder, revision, download, cls.generator)
         if not folder.is_dir():
             raise NotFound(f"there is no model folder {folder}; give the folder of a saved model")
         device = pick_device(device)
@@ -156,15 +162,14 @@ class StivPipeline(VideoPipeline):
             raise UserError(f"{error} (video_tokenizer / --video-tokenizer names another place)") from error
         settings, clip = read_defaults(folder, StivOptions, USUAL_CLIP)
         if lora is not None:
+            lora = local_folder(lora)
             model = merge_adapter(model, lora, fingerprints(video_tokenizer or folder, text_tokenizer or folder))
         if int8:
             use_int8_weights(model.blocks)
         if compile:
             compile_parts(model, (StivMLP, StivRMSNorm))
-        pipe = cls(model, text, space, settings, clip)
-        pipe.trained_on = trained_on_of(folder, lora)
-        pipe.tokenizer_folders = (video_tokenizer or folder, text_tokenizer or folder)
-        return pipe
+        tokenizers = (video_tokenizer or folder, text_tokenizer or folder)
+        return cls(model, text, space, settings, clip, trained_on_of(folder, lora), tokenizers)
 
     @bars_on_terminals()
     def save_pretrained(self, folder: str | Path) -> None:
@@ -177,6 +182,7 @@ class StivPipeline(VideoPipeline):
             raise UserError("a model with a device_map is not saved; load it without one to save it")
         if has_int8_weights(self.model.blocks):
             raise UserError("a model with int8 weights is not saved; load it without int8 to save it")
+        check_no_adapter(folder)
         with updating_folder(folder, re.compile(PARTS_OF_FOLDER).fullmatch) as writing:
             self.model.save_pretrained(writing)
             if isinstance(self.text, FrozenTextEncoder):
@@ -212,7 +218,7 @@ class StivPipeline(VideoPipeline):
     def largest_side(self) -> int:
         return LARGEST_SIDE
 
-    def to(self, *args: Any, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, *args: Any, device: str | int | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Self:
         super().to(*args, device=device, dtype=dtype)
         if isinstance(self.text, FrozenTextEncoder):
             self.text.to(self.device, self.dtype)
@@ -275,7 +281,6 @@ class StivPipeline(VideoPipeline):
         steps = sampling.num_inference_steps
 
         def watched(step: int, state: Tensor) -> None:
-            self._is_open = step + 1 < steps
             check_finite(state)
             after_step(number, step, state)
 
@@ -336,18 +341,16 @@ class StivPipeline(VideoPipeline):
 
         def hook(number: int, step: int, state: Tensor) -> None:
             part = resolved.passes[number]
-            count = len(part.made) if self._is_open else 0
+            count = len(part.made) if self.is_open(resolved, step, state) else 0
             tensors = {name: state.clone() for name in names}
             result = callback(self, resolved.sampling.steps_before(number) + step, count, tensors)
-            if result is not None and not isinstance(result, Mapping):
-                raise UserError(f"the callback gave {shown(result)}; give nothing, or a dict as {{'latents': ...}}")
-            if result and "latents" in result:
+            if "latents" in (result := check_answer(result, self.tensor_inputs)):
                 state.copy_(check_latents(result["latents"], state))
 
         return hook
 
-    def is_open(self, state: Tensor) -> bool:
-        return self._is_open
+    def is_open(self, resolved: StivResolved, step: int, state: Tensor) -> bool:
+        return step + 1 < resolved.sampling.num_inference_steps
 
 
 def guidance_of(sampling: StivOptions, has_given: bool, config: Any) -> Guidance:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lumos.errors import UserError, as_text, reason_of, shown
+from lumos.errors import UserError, as_text, instead, reason_of, shown
 from lumos.models.stiv.configuration import AXES, OMITTED, StivConfig
 from lumos.models.stiv.initialization import position_scale
 from lumos.models.stiv.latents import check_combination
@@ -34,7 +34,7 @@ def model_config(settings: StivTrainingSettings) -> StivConfig:
         if key in SET_ELSEWHERE:
             raise UserError(f"model.overrides may not hold {key}; it is set by {SET_ELSEWHERE[key]}")
         if key not in known:
-            raise UserError(f"model.overrides.{as_text(key)} is unknown; allowed: {', '.join(sorted(known - set(SET_ELSEWHERE)))}")
+            raise UserError(f"model.overrides.{as_text(key)} is unknown{instead(key, sorted(known - set(SET_ELSEWHERE)))}")
     changes = dict(model.overrides) | {"patterns": trained_patterns(settings)}
     given = {"latents": settings.latents.kind, "text_encoder": settings.text_encoder,
              "latent_mean": settings.latents.mean or None, "latent_std": settings.latents.std or None}  # fmt: skip

@@ -23,6 +23,7 @@ from lumos.pipeline.request import GIVE_FRAMES, Request, Resolved, check_needs_g
 from lumos.pipeline.request import resolve as resolve_request
 from lumos.video.frames import fit
 from lumos.video.io import MAX_FRAMES, read_video
+from lumos.wording import is_blank
 
 TAKES = ("last_image", "given_frames", "interpolate", "views")
 """The arguments that STIV has beside those of all generators."""
@@ -192,7 +193,7 @@ def of_views(request: Request, config: StivConfig) -> Request:
     """Return the request for views of an object with its published options, where the request does not set them."""
     check_pattern("views", config)
     texts = request.prompt if isinstance(request.prompt, list | tuple) else [request.prompt]
-    if any(isinstance(text, str) and text.strip() for text in texts) or request.negative_prompt is not None:
+    if any(isinstance(text, str) and not is_blank(text) for text in texts) or request.negative_prompt is not None:
         raise UserError("views are made from the image alone; leave the prompt and negative_prompt out")
     if request.num_frames not in (None, VIEWS):
         raise UserError(f"num_frames {shown(request.num_frames)} is not allowed with views, which are {VIEWS}; leave it out")

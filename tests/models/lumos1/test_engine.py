@@ -227,6 +227,17 @@ def test_inference_mode_weights_get_no_prefix_cache():
         assert (prefix_cache.load(model, ids) is not None) == found
 
 
+def test_uncounted_writes_end_the_use_of_a_prefix():
+    prefix_cache, ids, model = PrefixCache(), prefix(None), copy.deepcopy(MODEL)
+    prefix_cache.save(model, ids, (ids, ids))
+    assert prefix_cache.load(model, ids) is not None
+    weight = next(model.parameters())
+    version = weight._version
+    weight.data.mul_(1.5)  # as for averages of weights
+    assert weight._version == version
+    assert prefix_cache.load(model, ids) is None
+
+
 def test_codes_are_decided_piece_by_piece_as_at_once(monkeypatch):
     hidden = torch.randn(2, 7, CONFIG.hidden_size, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))

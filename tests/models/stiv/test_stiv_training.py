@@ -349,7 +349,7 @@ def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"patterns": {"fist": 1}}, "patterns.'fist' is unknown; allowed: none, first"),
+        ({"patterns": {"fist": 1}}, "patterns.'fist' is unknown, did you mean first\\? allowed: none, first"),
         ({"patterns": {"first": -1}}, r"patterns.first -1 is not allowed"),
         ({"patterns": {"first": 0}}, "no share above 0"),
         ({"patterns": {"first": True}}, "patterns.first True is not allowed"),
