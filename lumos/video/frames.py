@@ -105,14 +105,13 @@ def as_uint8(frames: Any, name: str = "frames", ndim: int = 4, also: str = "") -
         array = on_white(array)
     if array.dtype != np.uint8 or array.ndim != ndim or array.shape[-1] != 3 or 0 in array.shape:
         given = f"{frames.dtype} {list(frames.shape)}" if hasattr(frames, "shape") else f"of type {type(frames).__name__}"
-        if array.size and np.issubdtype(array.dtype, np.number) and not np.iscomplexobj(array):
-            given += f" with values from {array.min():g} to {array.max():g}"
+        found = f"; these have values from {array.min():g} to {array.max():g}" if array.size and array.dtype.kind == "f" else ""
         array_form, tensor_form, pictures = (
             ("[T, H, W, 3]", "[T, 3, H, W]", "a list of pictures") if ndim == 4 else ("[H, W, 3]", "[3, H, W]", "a PIL picture")
         )
         raise UserError(
             f"{name} {given} cannot be read; give {also}uint8 or floats in [0, 1] as an array {array_form} or a tensor "
-            f"{tensor_form}, or {pictures}"
+            f"{tensor_form}, or {pictures}{found}"
         )
     return array
 
