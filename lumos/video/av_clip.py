@@ -366,7 +366,10 @@ class AvClip:
             ) from error
 
     def _frames_of(self, container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-        """Yield the frames as the decoder gives them; raise UserError at a packet that is damaged."""
+        """Yield the frames as the decoder gives them; raise UserError at a packet that is damaged.
+
+        FFmpeg marks what it guessed always with one thread, and mostly with several.
+        """
         codec = stream.codec_context
         name = ALPHA_DECODERS.get(codec.name)
         if name is None or {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") != "1":

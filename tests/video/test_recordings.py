@@ -199,10 +199,11 @@ def test_a_broadcast_with_a_gap_is_refused(tmp_path):
 
 
 def test_a_broadcast_may_end_within_a_packet(tmp_path):
+    """One thread, as several do not always mark what they guessed."""
     path = coloured(tmp_path / "a", "mpegts")
-    whole = read_video(path)[0]
+    whole = read_video(path, threads=1)[0]
     path.write_bytes(path.read_bytes()[:-1000])
-    frames, _ = read_video(path)
+    frames, _ = read_video(path, threads=1)
     assert 8 <= len(frames) < 12
     assert all(any(np.array_equal(frame, other) for other in whole) for frame in frames)
     assert count_frames(path, 30) in (11, 12)
