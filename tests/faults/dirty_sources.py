@@ -104,7 +104,7 @@ def folder(made: Sources) -> None:
     add("caption-folder.png", "bad caption", made.png, None).with_suffix(".txt").mkdir()
     add("caption-loop.png", "bad caption", made.png, None).with_suffix(".txt").symlink_to("caption-loop.txt")
     add("caption-device.png", "bad caption", made.png, None).with_suffix(".txt").symlink_to("/dev/zero")
-    add("caption-nowhere.png", "no caption", made.png, None).with_suffix(".txt").symlink_to("nowhere")
+    add("caption-nowhere.png", "bad caption", made.png, None).with_suffix(".txt").symlink_to("nowhere")
     add("caption-link.png", TAKEN, made.png, None).with_suffix(".txt").symlink_to("good0.txt")
 
     for name, data in (("empty", b""), ("text", b"no picture"), ("half", made.png[: len(made.png) // 2]), ("mp4", made.mp4),
@@ -176,9 +176,10 @@ def csv_table(made: Sources) -> None:
              b"0,1e308": ("@0.0-1e+308", TAKEN)}  # fmt: skip
     for cells, (part, verdict) in times.items():
         add(b"pool/v.mp4,times," + cells, f"pool/v.mp4{part}", verdict)
-    for cells in (b"-1,", b"nan,", b"1e999,", b"inf,", b"x,", b"2,1", b"1,1", b"0,inf", b"0,-1", b"9" * 400 + b",", b"0x10,",
+    for cells in (b"-1,", b"1e999,", b"inf,", b"x,", b"2,1", b"1,1", b"0,inf", b"0,-1", b"9" * 400 + b",", b"0x10,",
         b"1 2,"):
         add(b"pool/v.mp4,bad times," + cells, None, "bad row")
+    add(b"pool/v.mp4,an empty cell of pandas,nan,", "pool/v.mp4 (again 1)", "duplicate")
     add(b"pool/v.mp4@0.25-0.75,a name like times", r"pool/v.mp4\x400.25-0.75", "missing file")
     add(b'pool/14.png,"with ""quotes"" and, a comma"', "pool/14.png", TAKEN)
     add(b'pool/15.png,"two\nlines"', "pool/15.png", TAKEN)
@@ -188,7 +189,7 @@ def csv_table(made: Sources) -> None:
     add(b"pool/19.png," + LONGEST.encode() + b"ab", "pool/19.png", "long caption")
     add(b"pool/20.png," + b"x" * (1 << 24), None, "bad row")
     add(b"pool/21.png,\x1b]0;title\x07", "pool/21.png", "bad caption")
-    add(b"\x1b[31m.png,\xe2\x80\xae", "\x1b[31m.png", "missing file")
+    add(b"\x1b[31m.png,\xe2\x80\xae", "\x1b[31m.png", "no caption")
     lines.append(b"")
     add(b"pool/22.png,after an empty line", "pool/22.png", TAKEN)
     add(b'pool/23.png,"cut off', None, "bad row")
@@ -219,12 +220,13 @@ def jsonl_table(made: Sources) -> None:
                  b'{"path": " ", "caption": "x"}',
                  b'{"path": "pool/1.png", "caption": "' + b"x" * (1 << 24) + b'"}'):  # fmt: skip
         add(line, None, "bad row")
-    for value in (b"NaN", b"Infinity", b"1e999", b"-0.5", b"true", b"[]", b"{}", b'"soon"', b"1" + b"0" * 400, b"false"):
+    for value in (b"Infinity", b"1e999", b"-0.5", b"true", b"[]", b"{}", b'"soon"', b"1" + b"0" * 400, b"false"):
         add(b'{"path": "pool/v.mp4", "caption": "x", "start": %s}' % value, None, "bad row")
     for value in (b"0", b"-1", b"Infinity", b"1" + b"0" * 400, b"[1]"):
         add(b'{"path": "pool/v.mp4", "caption": "x", "end": %s}' % value, None, "bad row")
     add({"path": "pool/v.mp4", "caption": "x", "start": "0.25", "end": 1}, "pool/v.mp4@0.25-1.0", TAKEN)
     add({"path": "pool/v.mp4", "caption": "x", "start": None, "end": None}, "pool/v.mp4", TAKEN)
+    add(b'{"path": "pool/v.mp4", "caption": "x", "start": NaN}', "pool/v.mp4 (again 1)", "duplicate")
     add({"path": "pool/\ud800.png", "caption": "x"}, r"pool/\ud800.png", "missing file")
     add({"path": r"pool/\ud800.png", "caption": "x"}, r"pool/\\ud800.png", "missing file")
     add({"path": "pool/caf\udce9.png", "caption": "x"}, r"pool/caf\udce9.png", TAKEN)
@@ -232,12 +234,12 @@ def jsonl_table(made: Sources) -> None:
     add({"path": "pool/12.png", "caption": "half \ud83d"}, "pool/12.png", "bad caption")
     add(b'{"path": "pool/13.png", "caption": "caf\xe9"}', "pool/13.png", "bad caption")
     add({"path": "pool/14.png", "caption": "whole \U0001f600"}, "pool/14.png", TAKEN)
-    add({"path": "pool/15.png", "caption": ["a", "list"]}, "pool/15.png", "no caption")
-    add({"path": "pool/16.png", "caption": 3}, "pool/16.png", "no caption")
+    add({"path": "pool/15.png", "caption": ["a", "list"]}, "pool/15.png", "bad caption")
+    add({"path": "pool/16.png", "caption": 3}, "pool/16.png", "bad caption")
     add({"path": "pool/17.png", "caption": LONGEST + "ab"}, "pool/17.png", "long caption")
     add({"path": "pool/\0.png", "caption": "x"}, "pool/\0.png", "missing file")
     add({"path": "pool\\18.png", "caption": "x"}, "pool\\18.png", TAKEN)
-    add(b'{"path": "pool/18.png", "path": "pool/19.png", "caption": "x"}\r', "pool/19.png", TAKEN)
+    add(b'{"path": "pool/18.png", "path": "pool/19.png", "caption": "x"}\r', None, "bad row")
     add({"path": "", "file_name": "pool/20.png", "caption": "", "prompt": "x"}, "pool/20.png", TAKEN)
     made.source("odd.jsonl").write_bytes(b"\n".join(lines))
 

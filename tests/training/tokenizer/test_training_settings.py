@@ -24,7 +24,7 @@ from lumos.training.tokenizer.settings import load_settings, loop_settings
         ({"share_worlds": 1.5}, "share_worlds is 1.5; it must be between 0 and 1"),
         ({"ema_decay": 1}, "ema_decay is 1.0; it must be 0 up to, not including, 1"),
         ({"lr": float("nan")}, "lr is nan; it must be a number above 0"),
-        ({"precision": "fp16"}, "precision is 'fp16'; allowed: fp32, bf16"),
+        ({"precision": "fp16"}, "precision is 'fp16', did you mean bf16\\? allowed: fp32, bf16"),
         ({"share_textures": 2}, "share_textures is 2.0; it must be between 0 and 1"),
         ({"seed": -1}, "seed is -1; it must be between 0 and 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296; it must be between 0 and 4294967295"),
