@@ -32,7 +32,7 @@ KIND = "lumos"
 ADAPTERS = "loras"
 PREVIEW_PIXELS = 512
 STRIDE = 4
-"""Frames of a latent frame, of all models that there are; the pipeline checks a model's own."""
+"""Frames of a latent frame of Lumos-1. STIV takes any number of frames, of which a graph can ask for 1 + a multiple of this."""
 MAX_FRAMES = 1 + 2047 * STRIDE
 SAVED_ORDER = (
     "num_inference_steps", "guidance_scale", "temperature", "history_mask_ratio", "mask_given_frames", "history_thinning",
