@@ -1,10 +1,11 @@
-"""Every command of the pages and at the heads of recipes is understood. Nothing runs.
+"""Every command of the pages and at the heads of recipes is understood, and examples in Python import what exists.
 
-Its options exist, and a recipe takes the overrides behind it.
+A command's options exist, and its recipe takes the overrides behind it.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from pages import ROOT, command_lines, verbs
+from pages import ROOT, blocks, command_lines, verbs
 
 from lumos.cli import VERBS, main
 from lumos.compression.recipes import read_recipe
@@ -69,6 +70,22 @@ def test_each_command_is_understood(path, monkeypatch, capsys):
         words = [word for n, word in enumerate(words) if word != "..." or words[n - 1].startswith("--")]  # `...` for more options
         assert main(words) == 0, (words, capsys.readouterr().err)
         check_settings(words, asked.pop() if asked else None)
+
+
+@pytest.mark.parametrize("page", [name(path) for path in sorted(FILES) if path.suffix == ".md" and blocks(name(path), "python")])
+def test_examples_import_what_exists(page):
+    for text in blocks(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in ("lumos", "tokenizer"):
+                continue
+            try:
+                module = importlib.import_module(node.module)
+            except ModuleNotFoundError as error:
+                if error.name.partition(".")[0] in ("lumos", "tokenizer"):
+                    raise
+                continue  # an extra is not installed
+            for part in node.names:
+                assert hasattr(module, part.name) or importlib.import_module(f"{node.module}.{part.name}")
 
 
 @pytest.mark.slow
