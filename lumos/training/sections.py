@@ -77,9 +77,9 @@ class StageSettings:
     )
     first_frames: int | None = setting(
         None,
-        "first frames of each clip that a short video step trains on, 1 + a multiple of the temporal compression; text and header "
-        "still describe the whole clip. No frame sees later frames, so a short step trains these frames as a whole clip would, in "
-        "less time; null: no short steps",
+        "first frames of each clip that a short video step trains on, in less time; as many as a clip may have. In Lumos-1, no "
+        "frame sees later frames, and text and header still describe the whole clip, so these frames are trained as in a whole "
+        "clip; in STIV, they are a clip of their own; null: no short steps",
         low=1, high=MAX_FRAMES,
     )
     short_share: float = setting(1.0, "share of the video steps that are short, if first_frames is set", low=0, high=1)

@@ -171,6 +171,13 @@ def check_strides(settings: StivTrainingSettings) -> None:
         raise UserError("strides has no effect on ingested clips, which have the stride of their videos; leave it out")
 
 
+def check_attention(settings: StivTrainingSettings) -> None:
+    if settings.training.attention is not None:
+        raise UserError("training.attention has no effect on STIV, which always uses torch's attention; leave it out")
+    if settings.data.pad_to != 1:
+        raise UserError("data.pad_to has no effect on STIV, whose clips of one size need no padding; leave it out")
+
+
 def check_latents(settings: StivTrainingSettings) -> None:
     latents = settings.latents
     if bool(latents.mean) != bool(latents.std):
@@ -179,4 +186,4 @@ def check_latents(settings: StivTrainingSettings) -> None:
         raise UserError("latents.kept_clips has no effect on ingested clips, which hold codes; leave it out")
 
 
-STIV_CHECKS = (check_init, check_flow, check_checkpointing, check_patterns, check_strides, check_latents)
+STIV_CHECKS = (check_init, check_flow, check_checkpointing, check_patterns, check_strides, check_attention, check_latents)

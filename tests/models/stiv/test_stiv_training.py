@@ -360,6 +360,8 @@ def test_four_clips_are_learned_and_sampled_back(make, tmp_path, times):
         ({"flow": {"gamma": 3.0}}, "flow.gamma has no effect with flow.weighting=none"),
         ({"flow": {"std": 2.0}}, "flow.std has no effect with flow.times=uniform"),
         ({"masked_loss_weight": 0.5}, "masked_loss_weight has no effect with mask_ratio 0"),
+        ({"training": {"attention": "dense"}}, "training.attention has no effect on STIV"),
+        ({"data": {"pad_to": 8}}, "data.pad_to has no effect on STIV"),
         ({"init": {"temporal": "x"}}, "init.temporal needs init.image"),
         ({"latents": {"mean": [0.0, 0.0, 0.0]}}, "latents.mean and latents.std belong together"),
         ({"init": {"image": "x"}, "model": {"from": "y"}}, "init.image and model.from both"),
