@@ -152,7 +152,7 @@ class DataSettings:
 class OptimizationSettings:
     max_steps: int = setting(1000, "optimizer steps of the whole run", low=1, high=MAX_STEPS)
     max_minutes: float | None = setting(
-        None, "end this many minutes after the first step began, with the schedule of lr compressed to fit; null: at max_steps", above=0
+        None, "end this many minutes after the first step began, with lr compressed to fit; null: end after max_steps", above=0
     )
     batch_size: int | None = setting(
         16, "clips in an optimizer step, over all processes and micro-batches; null: see tokens_per_batch", low=1, high=MAX_CLIPS
