@@ -13,7 +13,7 @@ TITLES = {
     "content and motion": "error of the output without the unit", "motion_share": "share of motion in this error",
     "loss": "rise of the loss without the unit", "elbo": "rise of the loss, all levels alike",
     "bi": "change of direction (1 - cosine)",
-    "magnitude": "mean square of the weights", "taylor": "mean of weight times gradient", "learned": "how often the gate is open",
+    "magnitude": "mean square of the weights", "taylor": "mean of |weight times gradient|", "learned": "how often the gate is open",
     "frechet": "Fréchet distance without the unit", "history": "loss of the gain from history without the unit",
 }  # fmt: skip
 

@@ -51,7 +51,7 @@ class Limits:
     max_prompt_length: int = bound(500, "most characters of a prompt, and of a negative prompt")
     max_frames: int | None = bound(None, "most frames of a clip, given frames included; default: 2 n - 1 for the model's default n")
     max_side: int | None = bound(None, "most pixels of a clip's height and width; default: the longer side of the model's default")
-    max_steps: int = bound(100, "most decoding steps of each latent frame")
+    max_steps: int = bound(100, "most decoding steps of each latent frame, or steps of the solver of STIV")
     max_upload_mb: float = bound(20, "most megabytes of an uploaded file")
     max_upload_seconds: float = bound(60, "most seconds that an uploaded clip may last")
     max_upload_megapixels: float = bound(25, "most megapixels of an uploaded picture, and of a frame of an uploaded clip")

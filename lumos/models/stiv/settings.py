@@ -36,7 +36,8 @@ class StivOptions(SamplingOptions):
         low=0, high=100, step=0.1, slider_high=20, given=True, label="How closely to follow the given picture",
     )  # fmt: skip
     guidance_renorm: str = setting(
-        "sample", "scale the guided prediction to the norm of the one with text and image, for each of these", choices=RENORMS,
+        "sample", "scale the guided prediction to the norm of the one with text and image, for each sample, frame or token",
+        choices=RENORMS,
         label="Keep strong guidance from too much contrast, measured for each",
     )
     solver: str = setting("euler", "solver of the sampling equation; ab2 has order 2 with one run of the network a step",
