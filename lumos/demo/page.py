@@ -39,7 +39,7 @@ def build_page(service: Service, examples: Mapping[str, np.ndarray | None]) -> g
     """Return the page of a service; `examples` are prompts, each with the frames of its thumbnail or None."""
     longest = service.limits.max_prompt_length
     with gr.Blocks(title="Lumos", analytics_enabled=False) as page:
-        gr.Markdown("# Lumos\nVideo from words and pictures, made frame by frame.", elem_id="title")
+        gr.Markdown("# Lumos\nVideo from words and pictures.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=4, min_width=300, elem_id="left"):
                 with gr.Column(elem_id="ask"):

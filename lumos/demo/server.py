@@ -106,7 +106,7 @@ def serve(
     prepare_reading()
     config = uvicorn.Config(
         build_app(service, examples, hosts, keys), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
-        http=Connection, ws="none", limit_concurrency=MOST,
+        http=Connection, ws="none", limit_concurrency=MOST + 1,  # which counts the new one
     )  # fmt: skip
     listener.listen()  # before the address is printed, so that a client that reads it can connect
     host, port = listener.getsockname()[:2]
