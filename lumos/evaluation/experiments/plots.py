@@ -20,6 +20,8 @@ PANELS = ("moved", "frechet", "psnr", "clip_gflops", "clip_seconds", "memory_mb"
 """Figures that are not shares and may be above 1, which have panels of their own."""
 LONGEST_ROW, ROW = 4, 3
 """The most panels that stand in one row, and the panels of each row where there are more."""
+OUTSIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+"""A legend on the right of a panel."""
 OVER = {"step": "training steps", "flops": "training FLOPs"}
 Points = list[tuple[float, float, float]]  # x, mean, standard deviation
 
@@ -119,7 +121,7 @@ def _shares(axes: Any, variants: dict[str, Any], shown: dict[str, str], title: s
     if not numeric:
         axes.set_xticks(range(len(variants)), [drawable(name) for name in variants], rotation=20, ha="right", fontsize=8)
     axes.set_ylim(bottom=0)
-    _finish(axes, title, axis)
+    _finish(axes, title, axis, None if numeric else OUTSIDE)  # bars leave no room inside
 
 
 def _band(axes: Any, points: Points, colour: str, label: str, style: str = "-") -> None:
@@ -130,8 +132,8 @@ def _band(axes: Any, points: Points, colour: str, label: str, style: str = "-") 
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
-def _finish(axes: Any, title: str, x: str) -> None:
+def _finish(axes: Any, title: str, x: str, legend: dict[str, Any] | None = None) -> None:
     axes.set_title(drawable(title), fontsize=10)
     axes.set_xlabel(drawable(x), fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, **(legend or {}))
