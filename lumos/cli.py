@@ -51,8 +51,10 @@ LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
 MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
 """Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
-SETTING = re.compile(r"--(?=[a-z_]+(\.[a-z_]+)+=)")
-"""The dashes before an override that is written like an option, --section.key=value."""
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
+"""The begin of an override, section.key=value."""
+SETTING = re.compile(f"--(?={OVERRIDE.pattern})")
+"""The dashes before an override that is written like an option."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 

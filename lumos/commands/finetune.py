@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import tempfile
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumos.cli import add_json
+from lumos.cli import OVERRIDE, add_json
 from lumos.commands import subcommands
 from lumos.commands.finetune_inputs import Base, FinetuneClips, base_of, listed
 
@@ -24,7 +23,6 @@ SHEET_CLIPS = 6
 LOW_PSNR, FAIR_PSNR = 25.0, 30.0
 """Below the first number of dB, a clip that the tokenizer encodes and decodes loses much; below the second, fine detail."""
 REPLAY = 0.5
-OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -229,15 +229,21 @@ class AvClip:
 
     def _stamped_times(self, container: Any, stream: Any) -> list[float]:
         """Return the times of the packets that are shown, from the present place in the file on."""
-        times, decoded = [], -math.inf
-        for packet in container.demux(stream):
-            if packet.size and packet.dts is not None and container.format.name == ORDERED:
-                self._check_order(decoded, decoded := packet.dts * self.tick)
+        times = []
+        for packet in self._packets(container, stream):
             if packet.is_discard or packet.is_corrupt or not packet.size:
                 continue
             if (stamp := self._time_of(packet)) is not None:
                 times.append(stamp * self.tick - self.origin)
         return [max(time, 0.0) for time in times if time >= -self.early]
+
+    def _packets(self, container: Any, stream: Any) -> Iterator[av.Packet]:
+        """Yield the packets from the present place in the file on; raise UserError if their times of decoding jump back."""
+        decoded = -math.inf
+        for packet in container.demux(stream):
+            if packet.size and packet.dts is not None and container.format.name == ORDERED:
+                self._check_order(decoded, decoded := packet.dts * self.tick)
+            yield packet
 
     def _check_order(self, before: float, time: float) -> None:
         if time < before - JUMP:
@@ -377,10 +383,8 @@ class AvClip:
         else:
             decoder = av.CodecContext.create(name, "r")
             decoder.extradata, decoder.options, decoder.thread_count = codec.extradata, codec.options, self.threads
-        begun, held, decoded = False, None, -math.inf
-        for packet in container.demux(stream):
-            if packet.size and packet.dts is not None and container.format.name == ORDERED:
-                self._check_order(decoded, decoded := packet.dts * self.tick)
+        begun, held = False, None
+        for packet in self._packets(container, stream):
             if held is not None and packet.size:
                 begun = begun or held.is_keyframe
                 if begun and held.is_corrupt:
