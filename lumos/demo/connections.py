@@ -1,6 +1,6 @@
 """Time limits of connections, so that a slow client cannot hold one for ever.
 
-A connection is closed if its request arrives too slowly or if the client does not read the answer.
+A connection is closed if its request arrives too slowly, if the client does not read the answer, or if no further request follows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 REQUEST_SECONDS = 20  # time for a request to arrive, plus 1 s for each RATE bytes that have arrived
 RATE = 16 * 1024
 ANSWER_SECONDS = 60  # time that a client may read nothing while there is more to send
+# Time that a connection stays open for a further request. A client that keeps connections as long as the server does may send a
+# request at the moment when the server closes its connection, and gets no answer. httpx keeps them for 5 s, aiohttp for 15 s, nginx
+# and the load balancers of the clouds for 60 s.
+KEPT_SECONDS = 75
 MOST = 500  # open connections; further ones get status 503
 
 
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with the time limits of this module.
 
-    uvicorn itself has a time limit only between two requests of a connection.
+    uvicorn itself has a time limit only between two requests of a connection (`timeout_keep_alive`, which is `KEPT_SECONDS` here).
     """
 
     look_seconds = 1.0
@@ -57,7 +61,8 @@ class Connection(H11Protocol):
     def _look(self) -> None:
         """Close the connection if the client is late, else look again after `look_seconds`."""
         now = self.loop.time()
-        waits_for_client = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.flow.read_paused
+        between_requests = self.timeout_keep_alive_task is not None
+        waits_for_client = self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.flow.read_paused and not between_requests
         if not waits_for_client:
             self._begin()
         late = now > self.begun + REQUEST_SECONDS + self.arrived / RATE

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from lumos.demo.api import add_api, add_uploads
-from lumos.demo.connections import MOST, Connection
+from lumos.demo.connections import KEPT_SECONDS, MOST, Connection
 from lumos.demo.hosts import Hosts
 from lumos.demo.keys import Keys
 from lumos.demo.middleware import Middleware
@@ -106,7 +106,7 @@ def serve(
     prepare_reading()
     config = uvicorn.Config(
         build_app(service, examples, hosts, keys), log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS,
-        http=Connection, ws="none", limit_concurrency=MOST + 1,  # which counts the new one
+        http=Connection, ws="none", timeout_keep_alive=KEPT_SECONDS, limit_concurrency=MOST + 1,  # which counts the new one
     )  # fmt: skip
     listener.listen()  # before the address is printed, so that a client that reads it can connect
     host, port = listener.getsockname()[:2]
