@@ -293,6 +293,14 @@ def test_patterns_of_no_training_are_refused_with_those_it_was(frames, arguments
         pipe.resolve(pipe.request(prompt, taken))
 
 
+def test_a_default_of_image_guidance_leaves_text_alone(frames):
+    pipe = micro_pipeline()
+    pipe.settings = pipe.settings.changed(guidance_scale=1.0, image_guidance_scale=1.5, guidance_interval=(0.0, 0.5))
+    for given, interval, scale in (({"image": frames[0]}, (0.0, 0.5), 1.5), ({}, (0.0, 1.0), None)):
+        sampling = pipe.resolve(pipe.request("x", given)).sampling
+        assert (sampling.guidance_interval, sampling.image_guidance_scale) == (interval, scale)
+
+
 def test_causal_latents_take_the_beginning_only(frames):
     grid = {"time": 3, "rows": 1, "columns": 2}
     pipe = micro_pipeline(latents="causal", patterns=["none", "first", "prediction"], trained_grid=grid)
