@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FILES = ("image", "video", "last_image")
 """The arguments of a request that may be uploaded files."""
+STAND_IN_FRAMES = 1000
+"""Frames of the blank clip that stands for an uploaded one before it is read; it takes the memory of one frame."""
 
 
 class Service:
@@ -89,12 +91,19 @@ class Service:
             tell(job)
 
     def _without_files(self, request: Request) -> Request:
-        """Return the request with a blank picture in place of each picture, and without its clip, whose length is not known yet."""
+        """Return the request with blank frames in place of its files.
+
+        The length of a clip is not known yet: it is taken to have more frames than are needed, and a last image beside it
+        or its interpolation are left out.
+        """
         height, width = request.height or self.pipe.clip.height, request.width or self.pipe.clip.width
         blank = np.zeros((height, width, 3), np.uint8)
         pictures = {name: blank for name in ("image", "last_image") if getattr(request, name) is not None}
         if request.video is None or request.image is not None:  # both are an error, which `resolve` tells
             return replace(request, video=request.video and blank[None], **pictures)
+        if request.interpolate is None:
+            clip = np.broadcast_to(blank, (STAND_IN_FRAMES, *blank.shape))
+            return replace(request, video=clip, last_image=None)
         options = self.pipe.sampling.declared()
         kept = {name: value for name, value in request.options.items()
                 if name not in options or not options[name].for_given_frames}  # fmt: skip

@@ -52,9 +52,10 @@ def picture_note(pictures: Iterable[np.ndarray], lowest: float, through: Callabl
 
 
 def given_pictures(resolved: Resolved) -> list[np.ndarray]:
-    """Return the first given picture of each clip, at most MAX_CHECKED different ones."""
-    first = [next(iter(frames.values())) for frames in resolved.given if frames]
-    return list({id(picture): picture for picture in first}.values())[:MAX_CHECKED]
+    """Return the first given picture of each clip, and a picture of its last frame, at most MAX_CHECKED different ones."""
+    last = resolved.clip.num_frames - 1
+    ends = [frames[n] for frames in resolved.given if frames for n in sorted({min(frames), last} & frames.keys())]
+    return list({id(picture): picture for picture in ends}.values())[:MAX_CHECKED]
 
 
 def lowest_psnr(pictures: Sequence[np.ndarray], through: Callable[[np.ndarray], np.ndarray]) -> float:

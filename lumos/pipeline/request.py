@@ -198,7 +198,7 @@ def resolve(
         raise UserError("both image and video are given; give the picture or the clip that the result begins with")
     if videos[0] is None:
         without_effect("a clip without video", num_given_frames=request.num_given_frames)
-    if all(values[0] is None for values in (images, videos, last_images, by_number)):
+    if not gives_frames(request):
         without_effect("a clip without image or video", **options_of_given_frames(request, sampling))
 
     # 4. given frames, by their numbers
@@ -214,8 +214,9 @@ def resolve(
         begins = load_videos(videos, clip, request.num_given_frames, temporal_compression)
     else:
         begins = [[] for _ in range(count)]
-    if len(begins[0]) >= clip.num_frames:
-        raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {len(begins[0])} given frames")
+    count_given = len(begins[0]) + (last_images[0] is not None)
+    if count_given >= clip.num_frames:
+        raise UserError(f"num_frames {clip.num_frames} leaves nothing to generate after {count_given} given frames")
     for frames, pictures_of_clip in zip(given, begins, strict=True):
         frames.update(enumerate(pictures_of_clip))
     if last_images[0] is not None:
@@ -230,7 +231,8 @@ def resolve(
     given = [dict(sorted(frames.items())) for frames in given]
 
     # 5. prompts over time
-    starts = check_later(request.later_prompts, len(begins[0]), clip, temporal_compression)
+    begun = next(number for number in range(clip.num_frames) if number not in given[0])
+    starts = check_later(request.later_prompts, begun, clip, temporal_compression)
     later = [(start, for_each(text, start, repeats, count)) for start, text in starts]
     return Resolved(
         sampling=sampling, clip=clip, prompts=prompts, negative_prompts=negatives, later=later, given=given, seeds=seeds
@@ -283,9 +285,16 @@ def options_of_clips(request: Request, sampling: SamplingOptions) -> dict[str, A
             if name in request.options and not option.for_pictures and not option.is_trade}  # fmt: skip
 
 
+def gives_frames(request: Request) -> bool:
+    """Return whether an argument gives a frame; a `given_frames` without entries gives none."""
+    by_number = request.given_frames
+    of_number = any(by_number) if isinstance(by_number, list | tuple) else by_number
+    return bool(of_number) or any(getattr(request, name) is not None for name in GIVE_FRAMES if name != "given_frames")
+
+
 def check_needs_given(request: Request, name: str) -> None:
     """Raise UserError if the sampling option `name` is asked for, which a clip without a given frame cannot have."""
-    if request.options.get(name) is not None and all(getattr(request, given) is None for given in GIVE_FRAMES):
+    if request.options.get(name) is not None and not gives_frames(request):
         raise UserError(f"{name} {shown(request.options[name])} needs a given frame; give an image, or leave it out")
 
 
@@ -329,8 +338,8 @@ def seeds_from(generator: torch.Generator | Sequence[torch.Generator], count: in
 def check_later(later: Any, given: int, clip: ClipDefaults, stride: int) -> list[tuple[int, Any]]:
     """Return `later_prompts` as a list of (first frame, prompt or list of prompts), checked.
 
-    given: the number of given frames. UserError for a malformed entry, and for a first frame that
-    is not 1 + a multiple of `stride`, not in increasing order, or not in the clip.
+    given: the number of given frames that the clip begins with. UserError for a malformed entry, and for
+    a first frame that is not 1 + a multiple of `stride`, not in increasing order, or not in the clip.
     """
     form = "give (first frame, prompt) pairs, for example [(17, 'it jumps')]"
     if later is not None and not isinstance(later, list | tuple):

@@ -38,7 +38,7 @@ class Form:
 
     sampling: SamplingOptions
     clip: ClipDefaults
-    num_given_frames: int
+    num_given_frames: int  # that the clip begins with
     starts: tuple[int, ...]  # first frames of the later prompts
     names: tuple[str, ...]  # the arguments among negative_prompt, image, video and last_image that the clips have
     uses: tuple[tuple[str, Any], ...]  # the values of interpolate and views that are set
@@ -133,7 +133,8 @@ def clips_of(row: PromptRow, request: Request, resolved: Resolved, inputs: dict[
     later = tuple(text for _, text in request.later_prompts or ())
     starts = tuple(start for start, _ in request.later_prompts or ())
     uses = tuple((name, value) for name in ("interpolate", "views") if (value := getattr(request, name)))
-    form = Form(resolved.sampling, resolved.clip, resolved.num_given_frames, starts, tuple(given), uses)
+    begun = resolved.num_given_frames - ("last_image" in given)
+    form = Form(resolved.sampling, resolved.clip, begun, starts, tuple(given), uses)
     clips = []
     for seed in resolved.seeds:
         after = "" if numbered and len(resolved.seeds) == 1 else f"-{seed}"

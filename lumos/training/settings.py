@@ -176,6 +176,9 @@ def check_sampling(settings: TrainingSettings) -> None:
             raise UserError(f"samples.prompts: the prompt {shown(prompt)} {wrong}")
         if is_blank(prompt):
             raise UserError(f"samples.prompts holds the empty prompt {shown(prompt)}; say in words what the clip shows")
+    of_given = {name: option.default for name, option in settings.sampling.declared().items() if option.for_given_frames}
+    if useless := [name for name, value in samples.options.items() if name in of_given and value != of_given[name]]:
+        warnings.warn(f"samples.options.{useless[0]} has no effect on samples, which are made from text alone")
     if samples.prompts and not samples.every:
         warnings.warn("samples.prompts has no effect with samples.every=0")
     if samples.every and samples.max_seconds >= 60 * settings.deepspeed.timeout_minutes:

@@ -8,6 +8,7 @@ import re
 import time
 
 import jsonschema
+import numpy as np
 import pytest
 from clip_requests import LONG, SMALL, png
 
@@ -17,6 +18,7 @@ pytest.importorskip("fastapi.testclient")
 from clip_status import ended
 
 from lumos.demo.schema import CLIP, CLIPS, ERROR
+from lumos.video.io import write_video
 
 
 def test_a_clip_from_request_to_content(client, service, pipe):
@@ -127,6 +129,17 @@ def test_an_upload_comes_as_base64_and_is_gone_afterwards(client, service):
     content = client.get(f"/api/clips/{clip['id']}/content")
     assert (content.status_code, "cannot read the picture" in content.json()["error"]) == (409, True)
     assert list(service.store.uploads.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [{"guidance_interval": [0.0, 0.5]}, {"negative_prompt": "y"}])
+def test_a_clip_can_be_guided_by_given_frames_alone(client, tmp_path, more):
+    """The check before the clip is read knows that there are given frames, and refuses what `make` would refuse."""
+    file = write_video(tmp_path / "c.webp", np.zeros((6, 16, 24, 3), np.uint8), 8).read_bytes()
+    asked = {"prompt": "x", "num_frames": 9, "video": base64.b64encode(file).decode(), "num_inference_steps": 2, **more}
+    clip = client.post("/api/clips", json=asked | {"guidance_scale": 1, "image_guidance_scale": 2.0}).json()
+    assert ended(client, clip)["status"] == "done", clip
+    answer = client.post("/api/clips", json=asked | {"guidance_scale": 1})
+    assert (answer.status_code, "has no effect with guidance_scale 1" in answer.json()["error"]) == (422, True)
 
 
 def test_events_tell_each_change_and_end_with_the_clip(client):

@@ -74,6 +74,14 @@ def test_settings_that_shards_cannot_have_are_left_out(name, lora):
     assert found.patterns["ends"] == (0.0 if lora and name == "lumos1" else 0.3)
 
 
+@pytest.mark.parametrize("patterns", [{"none": 0.5, "ends": 0.5}, {"ends": 1.0}, {"none": 0.0, "ends": 1.0}])
+def test_adapters_of_a_model_of_ends_have_no_given_frames(patterns):
+    before = record(source="worlds", options={}, stages=[])
+    before["settings"] |= {"patterns": patterns, "dropout": {"image": 0.1}}
+    found = build_settings(settings_of("lumos1", before, lora=True))
+    assert (found.patterns, found.dropout.image) == ({"none": 1.0}, 0.08)
+
+
 @pytest.mark.parametrize(("name", "data"), [("stiv-tiny", "worlds"), ("stiv-tiny", "somewhere"), ("lumos-tiny", "somewhere")])
 def test_records_of_shipped_models_become_settings(repo, tmp_path, name, data):
     """The settings of a fine-tuning, and of the recovery that `compress auto` writes, are valid on scenes and on shards."""

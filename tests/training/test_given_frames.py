@@ -28,6 +28,7 @@ VIDEO, IMAGE = StepShape("video", 8), StepShape("image", 8)
 SHARES = {"none": 0.3, "first": 0.2, "prediction": 0.2, "ends": 0.3}
 GIVEN = {"patterns": SHARES, "dropout": {"image": 0.4}}
 NINE = {"num_frames": 9}
+FEW_NUMBERS = {"vocab_size": 2024, "visual_token_count": 1000, "number_token_count": 9}
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
@@ -212,6 +213,8 @@ def test_an_export_takes_the_frames_that_it_was_trained_on(micro_settings, tmp_p
     ({"patterns": {"ends": 1.0}, "lora": {"rank": 2}, "model": {"from": "x"}}, "patterns.ends teaches .* leave lora.rank out"),
     ({"patterns": {"first": 1.0}, "data": {"stages": [{"image_share": 1.0}]}}, "this run trains on pictures only"),
     ({"patterns": {"prediction": 1.0}}, "patterns.prediction gives all frames of a clip: data.num_frames is 5; raise it"),
+    ({"patterns": {"ends": 1.0}, "data": {"num_frames": 37}, "model": {"preset": "tiny", "overrides": FEW_NUMBERS}},
+     "the last latent frame 9 has no number token; allowed: up to 8"),
     ({"model": {"preset": "tiny", "overrides": {"patterns": ["ends"]}}}, "model.overrides.patterns has no effect; leave it out"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(micro_settings, sections: dict, words: str):

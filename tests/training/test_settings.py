@@ -156,6 +156,11 @@ def test_prompts_that_are_never_drawn_are_warned_of(config: Path):
         load_settings(config, ["samples.prompts=[a circle]"])
 
 
+def test_samples_have_no_given_frames(config: Path):
+    with pytest.warns(UserWarning, match=r"samples\.options\.image_guidance_scale has no effect on samples"):
+        load_settings(config, ["samples={every: 5, prompts: [a], options: {image_guidance_scale: 0.0}}"])
+
+
 def test_files_that_are_no_config(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config file.*configs/"):
         load_settings(tmp_path / "none.yaml")

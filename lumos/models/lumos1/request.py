@@ -19,7 +19,7 @@ from lumos.errors import UserError
 from lumos.models.lumos1.configuration import LumosConfig
 from lumos.models.lumos1.engine import cache_tokens
 from lumos.models.lumos1.history_thinning import thins
-from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, num_latent_frames, prompt_text
+from lumos.models.lumos1.sequence import Frame, build_prefix, clip_header, last_token, num_latent_frames, prompt_text
 from lumos.models.lumos1.settings import GenerationSettings
 from lumos.pipeline.base import Encoded
 from lumos.pipeline.defaults import ClipDefaults
@@ -162,11 +162,12 @@ def resolve(
     """
     # 1. what every generator needs
     takes = takes_of(config)
-    if request.last_image is not None and "last_image" not in takes:
-        raise UserError(
-            "last_image cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
-            "last one or one in between; give the first frame as image, or the first frames as video"
-        )
+    for name in ("last_image", "given_frames"):
+        if getattr(request, name) is not None and name not in takes:
+            raise UserError(
+                f"{name} cannot be kept: this kind of model makes each frame from those before it and was not trained towards a "
+                "last one or one in between; give the first frame as image, or the first frames as video"
+            )
     check_needs_given(request, "image_guidance_scale")
     stride = config.temporal_compression
     common = resolve_request(
@@ -197,6 +198,8 @@ def resolve(
     begins = common.num_given_frames - has_last
     given_latents = num_latent_frames(begins, stride) if begins else 0
     latents = num_latent_frames(clip.num_frames, stride)
+    if has_last:
+        last_token(latents - 1, config)  # checked before any work
     check_effect(latents, latents - given_latents, request.options, sampling)
     later = {num_latent_frames(start, stride) - given_latents: read(prompts) for start, prompts in common.later}
     longest = max(len(ids) for prefixes in (conditional, unconditional or (), *later.values()) for ids in prefixes)

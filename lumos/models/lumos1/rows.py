@@ -61,7 +61,7 @@ def drawn_row(
     """Return the row of the clip at a position of a step, a pure function of the arguments.
 
     text_ids: None for a clip without text. dropout: False keeps the given frames. The row of a shortened clip is
-    the beginning of the row of the whole clip, with the same masks.
+    the beginning of the row of the whole clip, with the same masks. It has no given frames if they would be all of it.
     """
     seed = VALIDATION_SEED if step == VALIDATION_STEP else settings.training.seed
     given = drawn_given(

@@ -201,13 +201,21 @@ def build_frames(codes: Tensor, config: LumosConfig) -> Tensor:
     return torch.cat([head, content, ids.new_full((t, 1), config.frame_end_token_id)], dim=1)
 
 
-def build_last(codes: Tensor, time: int, config: LumosConfig) -> Tensor:
-    """Return the ids [1 + n] of the picture of a clip's last frame, codes [h, w], behind the number of its time.
+def last_token(time: int, config: LumosConfig) -> int:
+    """Return the id of the number before the picture of a clip's last frame.
 
     time: the number of the last latent frame. Raises UserError if there is no token for it.
     """
+    return number_token(time, "the last latent frame", config)
+
+
+def build_last(codes: Tensor, time: int, config: LumosConfig) -> Tensor:
+    """Return the ids [1 + n] of the picture of a clip's last frame, codes [h, w], behind the number of its time.
+
+    The arguments and errors are those of `last_token`.
+    """
     frame = build_frames(codes[None], config)[0]
-    return torch.cat([frame.new_tensor([number_token(time, "the last latent frame", config)]), frame])
+    return torch.cat([frame.new_tensor([last_token(time, config)]), frame])
 
 
 def build_sequence(

@@ -34,6 +34,7 @@ from lumos.models.lumos1.scoring import RATIO_BINS, ratio_bins
 from lumos.models.lumos1.sequence import (
     Frame,
     code_mask,
+    last_token,
     num_latent_frames,
     pad_sequences,
     parse_layout,
@@ -257,11 +258,14 @@ class ArdfTask(VideoTask):
     def _check_length(self) -> None:
         """Raise UserError if a usual clip, or the largest of all, is longer than max_position_embeddings.
 
-        The model could train on such a clip, but would refuse to generate one.
+        The model could train on such a clip, but would refuse to generate one. Raises it too if a given last frame is so late
+        that its time has no token.
         """
         shape, config = self.source.usual_shape, self.config
         grid = (shape[side] // config.spatial_compression for side in ("height", "width"))
         latents = num_latent_frames(shape["num_frames"], config.temporal_compression)
+        if self.needs_last_frame:
+            last_token(latents - 1, config)
         tokens = (latents + self.needs_last_frame) * Frame(0, *grid).end
         if tokens > config.max_position_embeddings:
             size = f"{shape['num_frames']} frames of {shape['width']}x{shape['height']} pixels"

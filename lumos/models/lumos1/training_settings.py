@@ -87,4 +87,7 @@ class LumosTrainingSettings(TrainingSettings):
         patterns = sections.get("patterns")
         if not adapters or not isinstance(patterns, dict) or not patterns.get("ends"):
             return sections
-        return sections | {"patterns": {"none": 1.0, **patterns, "ends": 0.0}}
+        left = {**patterns, "ends": 0.0}
+        if any(share for name, share in left.items() if name != "none"):
+            return sections | {"patterns": left}
+        return {name: values for name, values in sections.items() if name not in ("patterns", "dropout")}  # no frames are given

@@ -318,7 +318,7 @@ def clip_cost(
     config: StivConfig, clip: ClipDefaults, sampling: StivOptions, text_tokens: int, dtype: torch.dtype
 ) -> StivClipCost:
     """Return the cost of one clip from text alone. Raises UserError for a clip that the pipeline would refuse."""
-    return StivClipCost(config, clip, replace(sampling, image_guidance_scale=None), text_tokens, dtype)
+    return StivClipCost(config, clip, sampling.for_text_alone(), text_tokens, dtype)
 
 
 def model_of(folder: str | Path | None, preset: str | None) -> tuple[StivConfig, StivOptions, ClipDefaults]:

@@ -110,7 +110,7 @@ def resolve(
     )  # fmt: skip
     sampling, clip = common.sampling, common.clip
     if common.num_given_frames == 0 and sampling.image_guidance_scale is not None:
-        sampling = replace(sampling, image_guidance_scale=None)  # the model's default, which holds for clips with an image
+        sampling = sampling.for_text_alone()
     nulls = [text or "" for text in common.negative_prompts]
     if not sampling.is_guided:
         if any(nulls):

@@ -89,6 +89,12 @@ class StivOptions(SamplingOptions):
         guidance_interval.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        if given.get("guidance_scale") == 1 and given.get("image_guidance_scale", 1) == 1:
+        by_image = given.get("image_guidance_scale", self.image_guidance_scale)
+        if given.get("guidance_scale") == 1 and by_image in (None, 1):
             given.setdefault("guidance_interval", WHOLE_INTERVAL)
         return replace(self, **given)
+
+    def for_text_alone(self) -> StivOptions:
+        """Return the options of a clip without given frames: a default image_guidance_scale has no effect on it."""
+        interval = WHOLE_INTERVAL if self.guidance_scale == 1 else self.guidance_interval
+        return replace(self, image_guidance_scale=None, guidance_interval=interval)

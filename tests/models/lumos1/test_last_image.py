@@ -15,8 +15,9 @@ from lumos.cli import main
 from lumos.errors import UserError
 from lumos.models.lumos1.engine import DecodingEngine
 from lumos.models.lumos1.sequence import parse_layout, parse_sequence
+from lumos.pipeline.notes import given_pictures
 from lumos.pipeline.request import Request
-from lumos.video.io import read_video
+from lumos.video.io import read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,12 @@ def test_later_prompts_keep_both_frames(pipe, monkeypatch):
     ({"video": np.stack([picture()] * 5), "last_image": picture()}, "frames 0, 1, 2, 3, 4, 8 are given"),
     (ENDS | {"history_frames": 1}, "history_frames 1 does not work with a given last frame, which every frame sees; leave one out"),
     (ENDS | {"given_frames": {8: picture()}}, "frame 8 is given twice"),
-    (ENDS | {"num_frames": 1}, "num_frames 1 leaves nothing to generate"),
+    (ENDS | {"num_frames": 1}, "num_frames 1 leaves nothing to generate after 2 given frames"),
+    ({"given_frames": {0: picture()}, "later_prompts": [(1, "y")]}, "cannot begin at frame 1; give more than 1"),
+    ({"given_frames": dict.fromkeys(range(5), picture()), "later_prompts": [(5, "y")]}, "frame 5; give more than 5"),
+    (ENDS | {"later_prompts": [(1, "y")]}, "cannot begin at frame 1; give more than 1"),
+    ({"given_frames": {}, "image_guidance_scale": 2.0}, r"image_guidance_scale 2\.0 needs a given frame"),
+    ({"given_frames": [{}], "image_guidance_scale": 2.0}, r"image_guidance_scale 2\.0 needs a given frame"),
     (ENDS | {"interpolate": 2}, "interpolate is not possible with models of the generator lumos1"),
 ])  # fmt: skip
 def test_frames_that_cannot_be_given(pipe, options, words):
@@ -138,12 +144,31 @@ def test_tokens_of_the_last_picture_count(pipe):
         config.max_position_embeddings = before
 
 
+def test_a_last_frame_needs_a_token_for_its_time(pipe):
+    """It is checked with the request, before any picture is encoded."""
+    config = pipe.model.config
+    count, config.number_token_count = config.number_token_count, 10
+    try:
+        assert pipe.resolve(Request.of("x", num_frames=37, **ENDS)).has_last
+        with pytest.raises(UserError, match="the last latent frame 10 has no number token; allowed: up to 9"):
+            pipe.resolve(Request.of("x", num_frames=41, **ENDS))
+    finally:
+        config.number_token_count = count
+
+
+def test_both_given_pictures_are_checked(pipe):
+    clip = np.stack([picture(n) for n in range(5)])
+    for given, numbers in ((ENDS, [1, 2]), ({"image": picture(1)}, [1]), ({"video": clip, "num_given_frames": 5}, [0])):
+        found = given_pictures(pipe.resolve(Request.of("x", num_frames=9, **given)))
+        assert [n for frame in found for n in range(5) if np.array_equal(frame, picture(n))] == numbers
+
+
 def test_other_models_say_what_they_said(micro_folder):
     plain = LumosPipeline.from_pretrained(micro_folder, device="cpu")
     assert plain.takes == ()
     with pytest.raises(UserError, match="last_image cannot be kept: this kind of model makes each frame from those before it"):
         plain.resolve(Request.of("x", **ENDS))
-    with pytest.raises(UserError, match="given_frames is not possible with models of the generator lumos1; leave it out"):
+    with pytest.raises(UserError, match="given_frames cannot be kept: this kind of model makes each frame from those before it"):
         plain.resolve(Request.of("x", given_frames={0: picture()}))
 
 
@@ -161,11 +186,14 @@ def test_command_lines_and_lists(ends_folder, tmp_path):
     common = ["--model", str(ends_folder), "--device", "cpu", "--num-frames", "9"]
     assert main(["generate", *common, *ends, "--prompt", "x", "--seed", "1", "--output", str(tmp_path / "clip.mp4")]) == 0
     assert len(read_video(tmp_path / "clip.mp4")[0]) == 9
-    row = {"prompt": "x", "image": "image.png", "last_image": "last_image.png", "seed": 1}
-    (tmp_path / "list.jsonl").write_text(json.dumps(row) + "\n")
+    write_video(tmp_path / "begin.webp", picture()[None], 8)
+    row = {"prompt": "x", "last_image": "last_image.png", "seed": 1}
+    rows = [row | {"image": "image.png"}, row | {"video": "begin.webp", "num_given_frames": 1}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["generate", *common, "--prompts", str(tmp_path / "list.jsonl"), "--output-dir", str(tmp_path / "clips")]) == 0
-    (clip,) = (tmp_path / "clips").glob("*.mp4")
-    assert np.array_equal(read_video(clip)[0], read_video(tmp_path / "clip.mp4")[0])
+    of_image, of_video = sorted((tmp_path / "clips").glob("*.mp4"))
+    assert np.array_equal(read_video(of_image)[0], read_video(tmp_path / "clip.mp4")[0])
+    assert len(read_video(of_video)[0]) == 9
 
 
 def test_evaluation_with_given_ends(ends_folder, tmp_path, capsys):

@@ -301,6 +301,9 @@ def test_the_plan_of_a_clip_is_of_text_alone():
     with_image = options.changed(image_guidance_scale=1.5)
     costs = [clip_cost(config, shape, chosen, 10, torch.float32).branches for chosen in (options, with_image)]
     assert costs == [2, 2]
+    by_image = options.changed(guidance_scale=1.0, image_guidance_scale=1.5, guidance_interval=(0.0, 0.5))
+    assert by_image.changed(guidance_scale=1.0) == by_image  # the image still guides, in this interval
+    assert clip_cost(config, shape, by_image, 10, torch.float32).branches == 1
 
 
 def test_a_plan_speaks_of_frames_and_pixels(capsys):

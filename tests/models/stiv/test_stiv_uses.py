@@ -259,6 +259,7 @@ def test_nan_weights_give_one_line_and_leave_nothing(stiv_folder, capsys, tmp_pa
     ({"given_frames": [1]}, "given_frames is 1; give a picture for each frame number"),
     ({"image": 0, "given_frames": {0: 0}}, "frame 0 is given twice"),
     ({"video": slice(None), "num_frames": 4}, "leaves nothing to generate after 4 given frames"),
+    ({"image": 0, "last_image": 1, "num_frames": 2}, "num_frames 2 leaves nothing to generate after 2 given frames"),
     ({"height": 24}, "height 24 is not a multiple of 16"),
     ({"later_prompts": [(2, "y")]}, "later_prompts are not possible"),
     ({"negative_prompt": "y", "guidance_scale": 1.0}, "negative_prompt has no effect with guidance_scale 1"),
@@ -292,6 +293,14 @@ def test_patterns_of_no_training_are_refused_with_those_it_was(frames, arguments
         pipe.resolve(pipe.request(prompt, taken))
 
 
+def test_a_default_of_image_guidance_leaves_text_alone(frames):
+    pipe = micro_pipeline()
+    pipe.settings = pipe.settings.changed(guidance_scale=1.0, image_guidance_scale=1.5, guidance_interval=(0.0, 0.5))
+    for given, interval, scale in (({"image": frames[0]}, (0.0, 0.5), 1.5), ({}, (0.0, 1.0), None)):
+        sampling = pipe.resolve(pipe.request("x", given)).sampling
+        assert (sampling.guidance_interval, sampling.image_guidance_scale) == (interval, scale)
+
+
 def test_causal_latents_take_the_beginning_only(frames):
     grid = {"time": 3, "rows": 1, "columns": 2}
     pipe = micro_pipeline(latents="causal", patterns=["none", "first", "prediction"], trained_grid=grid)
@@ -314,7 +323,7 @@ def test_causal_latents_take_the_beginning_only(frames):
 
 def test_lumos1_refuses_the_uses_of_stiv(micro_folder, frames, capsys):
     pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
-    for name, value in (("given_frames", {0: frames[0]}), ("interpolate", 2), ("views", True)):
+    for name, value in (("interpolate", 2), ("views", True)):
         with pytest.raises(UserError, match=f"{name} is not possible with models of the generator lumos1"):
             pipe.resolve(pipe.request("x", {name: value}))
 
