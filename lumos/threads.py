@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.errors import UserError, shown
+from lumos.progress import LOGGER
 
 MAX_THREADS = 1024
 OWN_VARIABLE = "LUMOS_THREADS"
@@ -233,7 +233,7 @@ def waiting_note(before: Times, after: Times, count: int) -> str | None:
 
 @contextmanager
 def watched(seconds: float = WATCH_SECONDS, root: Path = Path("/")) -> Iterator[None]:
-    """Inside, look every few seconds at how long the threads wait for a core; print at most one note on stderr."""
+    """Inside, look every few seconds at how long the threads wait for a core; at most one note goes to the logger."""
     over = threading.Event()
 
     def watch() -> None:
@@ -241,7 +241,7 @@ def watched(seconds: float = WATCH_SECONDS, root: Path = Path("/")) -> Iterator[
         while before and not over.wait(seconds):
             after = thread_times(root)
             if note := waiting_note(before, after, cores_in_use()):
-                print(f"note: {note}", file=sys.stderr, flush=True)
+                LOGGER.warning(f"note: {note}")
                 return
             before = after
 

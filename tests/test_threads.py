@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumos import cli, threads
-from lumos.cli import main, program
+from lumos.cli import main, messages, program
 from lumos.data.prefetch import prefetched
 from lumos.errors import UserError
 from lumos.threads import Machine, given_count, load, prepare_process, processes_here, quota, thread_times, waiting_note, watched
@@ -158,7 +158,8 @@ def test_a_note_if_threads_wait_half_as_long_as_they_run(count, ran, waited, not
         assert f"--threads {count // 2}" in note
 
 
-def test_the_watch_says_it_once_and_stops(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_watch_says_it_once_and_stops(monkeypatch, capsys, quiet):
     times = iter(range(0, 1000, 10))
 
     def busier(root: Path) -> threads.Times:
@@ -166,11 +167,11 @@ def test_the_watch_says_it_once_and_stops(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(threads, "thread_times", busier)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    with watched(0.001):
+    with messages(quiet), watched(0.001):
         thread = next(thread for thread in threads.threading.enumerate() if thread.name == "threads-watch")
         thread.join(60)
         assert not thread.is_alive()
-    assert capsys.readouterr().err.count("note: other programs use this machine: 4 threads waited 10 s") == 1
+    assert capsys.readouterr().err.count("note: other programs use this machine: 4 threads waited 10 s") == (not quiet)
 
 
 def test_a_system_that_does_not_tell_is_not_watched(tmp_path, capsys):
