@@ -107,6 +107,7 @@ def test_affinity_counts():
     (None, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "6", **threads.PASSIVE}),
     (None, {"OMP_NUM_THREADS": "", "MKL_NUM_THREADS": "x"}, {"OMP_NUM_THREADS": "6", "MKL_NUM_THREADS": "6", **threads.PASSIVE}),
     (None, {"MKL_NUM_THREADS": "5"}, {"MKL_NUM_THREADS": "5", **threads.PASSIVE}),
+    (None, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5", **threads.PASSIVE}),
     (None, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "6"}),
     (None, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9", "OMP_NUM_THREADS": "6"}),
     (None, {"LOCAL_WORLD_SIZE": "4"}, {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1", **threads.PASSIVE}),
