@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(plain := [word for word in words if not OVERRIDE.match(word)]) == 1:  # an override may stand before the clips
         args.source, args.overrides = plain[0], [word for word in words if OVERRIDE.match(word)]
     args.source = str(Path(args.source))  # clips/ and clips are the same for a run that is resumed
+    args.captions = args.captions and str(Path(args.captions))
     check_counts(args, steps=(1, MAX_STEPS), clips_per_video=(1, MAX_CLIPS_OF_A_VIDEO))
     if args.replay is not None and not 0 <= args.replay < 1:
         raise UserError(f"--replay {args.replay:g} is not allowed; give a share from 0 to below 1")
