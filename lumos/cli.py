@@ -49,7 +49,7 @@ VERBS = {
 
 LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
-MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
+MODEL_OPTIONS = ("model", "models", "mix", "tokenizer", "video_tokenizer", "text_tokenizer", "teacher")
 """Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 """The begin of an override, section.key=value."""
