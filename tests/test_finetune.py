@@ -161,9 +161,10 @@ def test_a_missing_package_is_told_before_any_work(micro_folder, clips, run, mon
 
 
 def test_a_model_whose_own_data_are_not_known(micro_folder, clips, run):
-    said, _ = run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run")
+    said, err = run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run")
     assert "replay     0% of the steps" in said
-    assert "note: the model will forget much of what it knew: its own data are not known (no training.json in" in said
+    assert "note: the model will forget much of what it knew: its own data are not known (no training.json in" in err
+    assert run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run", "--quiet") == (said, "")
     _, err = run("clips", "--model", str(micro_folder), "--out", "out", "--replay", "0.3", code=2)
     assert "--replay 0.3 is not possible: the data of the model's own training are not known" in err
 

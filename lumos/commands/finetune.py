@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.commands.counts import check_counts
     from lumos.errors import UserError, printable
     from lumos.files import read_json
+    from lumos.progress import LOGGER
     from lumos.runtime import pick_device
     from lumos.training.finetuning import finetune_settings
 
@@ -69,7 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     job = FinetuneJob(args, base, clips, settings, [*args.overrides, f"training.device={args.device.partition(':')[0]}"])
     job.check()
-    print("\n".join(map(printable, [*plan(args, base, clips, settings), *notes])))
+    print("\n".join(map(printable, plan(args, base, clips, settings))), flush=True)
+    for note in notes:
+        LOGGER.warning(printable(note))
     stored = out / "tokenizer.json"
     psnr = read_json(stored, "what the tokenizer holds")["psnr"] if stored.exists() else clips.psnr
     print(held_by_tokenizer(psnr))
