@@ -49,12 +49,14 @@ VERBS = {
 
 LIGHT_VERBS = ("render", "inspect", "plan", "train-text-tokenizer", "plot")
 """Verbs without `--threads`: they do not compute with torch, or too little for the number of threads to matter."""
-MODEL_OPTIONS = ("model", "models", "tokenizer", "video_tokenizer", "teacher")
+MODEL_OPTIONS = ("model", "models", "mix", "tokenizer", "video_tokenizer", "text_tokenizer", "teacher")
 """Options that name models to read. Paths of shipped ones lead to them from any working folder, see `lumos.shipped`."""
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")
 """The begin of an override, section.key=value."""
 SETTING = re.compile(f"--(?={OVERRIDE.pattern})")
 """The dashes before an override that is written like an option."""
+CLOSE, VERY_CLOSE = 0.6, 0.8
+"""How similar an unknown option is to a known one that was meant; very similar where it may be the key of an override."""
 CLOSED_PIPE = 141
 """The exit code when the reader of the output has closed the pipe: 128 + SIGPIPE, as a shell reports it."""
 
@@ -215,11 +217,18 @@ class Parser(argparse.ArgumentParser):
     def has_overrides(self) -> bool:
         return any(action.dest == "overrides" for action in self._actions)
 
+    @property
+    def has_plain_keys(self) -> bool:
+        """Whether an override may have a key without a section, which looks like an option if it begins with dashes."""
+        return any(action.dest == "overrides" and action.metavar == "key=value" for action in self._actions)
+
     def error(self, message: str) -> NoReturn:
-        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            message += meant(unknown[1], [flag for action in self._actions for flag in action.option_strings])
         if self.has_overrides and (key := re.search(r"unrecognized arguments: --(\w+(\.\w+)+)", message)):
             message += f", did you mean {key[1]}=VALUE?"
+        elif unknown := re.search(r"unrecognized arguments: --([\w-]+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = meant(f"--{unknown[1]}", flags, VERY_CLOSE if self.has_plain_keys else CLOSE)
+            message += near or (f", did you mean {unknown[1].replace('-', '_')}=VALUE?" if self.has_plain_keys else "")
         if wrong := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             message += meant(wrong[1], [choice.strip("'") for choice in wrong[2].split(", ")])
         self.exit(2, f"error: {one_line(message)}; `{self.prog} --help` lists the options\n")

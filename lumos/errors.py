@@ -80,9 +80,12 @@ def reason_of(error: BaseException) -> str:
     return cut(printable(said[0])) if said else type(error).__name__
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean X?" if a known word is close to this one, else an empty text."""
-    close = difflib.get_close_matches(word, known, 1)
+def meant(word: str, known: Iterable[str], least: float = 0.6) -> str:
+    """Return ", did you mean X?" if a known word is close to this one, else an empty text.
+
+    least: the similarity of a close word, from 0 to 1 (`difflib.get_close_matches`).
+    """
+    close = difflib.get_close_matches(word, known, 1, least)
     return f", did you mean {close[0]}?" if close else ""
 
 

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 LOGGER = logging.getLogger("lumos")
 SECONDS_BETWEEN_LINES = 60.0
+NOTEBOOK = "ipykernel"
+"""The package of the streams of Jupyter, which say that they are no terminals."""
 
 
 class ProgressLines(tqdm):
@@ -52,8 +54,11 @@ def progress_bar(*args: Any, **options: Any) -> tqdm:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal. Programs without a console have None as stderr, or an object of their own."""
-    return bool(getattr(stream, "isatty", bool)())
+    """Return whether a stream is a terminal, or that of a notebook, which draws a bar as a terminal does.
+
+    Programs without a console have None as stderr, or an object of their own.
+    """
+    return bool(getattr(stream, "isatty", bool)()) or type(stream).__module__.startswith(NOTEBOOK)
 
 
 class BesideBars(logging.Handler):

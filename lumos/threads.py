@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -20,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumos.errors import UserError, shown
+from lumos.progress import LOGGER
 
 MAX_THREADS = 1024
 OWN_VARIABLE = "LUMOS_THREADS"
-COUNT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+MKL = "MKL_NUM_THREADS"
+COUNT_VARIABLES = ("OMP_NUM_THREADS", MKL)
 """Environment variables of the number of threads, which torch's libraries read; the first that is set counts."""
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """Settings with which a waiting thread sleeps: of every OpenMP runtime, of GCC's (in torch for Linux), of LLVM's and Intel's."""
@@ -164,11 +165,13 @@ def prepare_process(
     The number is `asked`, else LUMOS_THREADS, else OMP_NUM_THREADS or MKL_NUM_THREADS, else the free cores of `machine()`
     divided by the processes of this run on the machine. If one of the variables in PASSIVE is set, waiting stays as it says.
     """
-    count = given_count(asked, environ)
-    if count is None and stated_count(environ) is None:  # not set, or no number, as 0 is: then OpenMP takes all cores
+    count, stated = given_count(asked, environ), stated_count(environ)
+    if count is None and stated is None:  # not set, or no number, as 0 is: then OpenMP takes all cores
         count = max(1, machine().free_threads() // processes_here(environ))
     if count is not None:
         environ.update({name: str(count) for name in COUNT_VARIABLES if name in environ}, OMP_NUM_THREADS=str(count))
+    elif MKL in environ:
+        environ[MKL] = str(stated)  # of two numbers, torch takes this one
     if not any(environ.get(name) for name in PASSIVE):
         environ.update(PASSIVE)
 
@@ -233,7 +236,7 @@ def waiting_note(before: Times, after: Times, count: int) -> str | None:
 
 @contextmanager
 def watched(seconds: float = WATCH_SECONDS, root: Path = Path("/")) -> Iterator[None]:
-    """Inside, look every few seconds at how long the threads wait for a core; print at most one note on stderr."""
+    """Inside, look every few seconds at how long the threads wait for a core; at most one note goes to the logger."""
     over = threading.Event()
 
     def watch() -> None:
@@ -241,7 +244,7 @@ def watched(seconds: float = WATCH_SECONDS, root: Path = Path("/")) -> Iterator[
         while before and not over.wait(seconds):
             after = thread_times(root)
             if note := waiting_note(before, after, cores_in_use()):
-                print(f"note: {note}", file=sys.stderr, flush=True)
+                LOGGER.warning(f"note: {note}")
                 return
             before = after
 

@@ -106,7 +106,7 @@ def test_from_clips_to_a_model_killed_and_resumed(models, clips, run, tmp_path, 
     out = tmp_path / "out"
     assert not (out / "export").exists()
     ingested = (out / "shards" / "report.json").stat().st_mtime_ns
-    said, err = run(*words, "--json")
+    said, err = run("clips/", *words[1:], "--json")  # the same folder as another shell completes it
     assert "note: out/sheet.png has no result for 'noise noise" in err
     summary = json.loads(said)
     assert (out / "shards" / "report.json").stat().st_mtime_ns == ingested
@@ -142,7 +142,7 @@ def test_adapters_leave_the_model_unchanged(models, clips, run, tmp_path):
     assert "training   2 steps of 6 clips, adapters" in said
     assert "replay     0% of the steps: it may forget what it knew" in said
     assert "note: 1 of 4 items are left out (too short 1), see out/shards/skipped.jsonl" in err
-    assert f"python generate.py --model {models['lumos1']} --lora out/export --prompt noise" in said
+    assert f"python -m lumos generate --model {models['lumos1']} --lora out/export --prompt noise" in said
     assert load_file(tmp_path / "out" / "export" / "adapter_model.safetensors")
     assert (tmp_path / "out" / "sheet.png").is_file()
     record = json.loads((tmp_path / "out" / "export" / "lumos_adapter.json").read_text())
@@ -161,9 +161,10 @@ def test_a_missing_package_is_told_before_any_work(micro_folder, clips, run, mon
 
 
 def test_a_model_whose_own_data_are_not_known(micro_folder, clips, run):
-    said, _ = run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run")
+    said, err = run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run")
     assert "replay     0% of the steps" in said
-    assert "note: the model will forget much of what it knew: its own data are not known (no training.json in" in said
+    assert "note: the model will forget much of what it knew: its own data are not known (no training.json in" in err
+    assert run("clips", "--model", str(micro_folder), "--out", "out", "--dry-run", "--quiet") == (said, "")
     _, err = run("clips", "--model", str(micro_folder), "--out", "out", "--replay", "0.3", code=2)
     assert "--replay 0.3 is not possible: the data of the model's own training are not known" in err
 

@@ -61,6 +61,9 @@ def test_a_misspelled_word_gets_the_one_that_was_meant(capsys):
         (["evaluate", "promts"], "mean prompts?"), (["generate", "--dtype", "float23"], "mean float32?"),
         (["evaluate", "loss", "--modle", "x"], "mean --model?; `lumos evaluate loss --help`"),
         (["plan", "--config", "x", "--training.max_steps", "5"], "mean training.max_steps=VALUE?"),
+        (["train-tokenizer", "--config", "x", "--batch-size=5"], "mean batch_size=VALUE?; `lumos train-tokenizer"),
+        (["train-tokenizer", "--steps", "5", "--config", "x"], "mean steps=VALUE?; `lumos train-tokenizer"),
+        (["train-tokenizer", "--confg", "x", "--config", "x"], "mean --config?; `lumos train-tokenizer"),
     ):  # fmt: skip
         assert main(words) == 2
         assert answer in capsys.readouterr().err

@@ -66,6 +66,15 @@ def test_a_terminal_gets_a_bar():
     assert "2/2" in file.getvalue()
 
 
+def test_a_notebook_gets_a_bar(monkeypatch):
+    """The streams of Jupyter say that they are no terminals, and draw a bar all the same."""
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    assert not stream.isatty()
+    with progress_bar(total=2, file=stream) as bar:
+        bar.update(2)
+    assert "2/2" in stream.getvalue()
+
+
 def test_quiet_shows_no_bar_and_no_note(known_words: Path, tmp_path: Path, capsys):
     command = ["generate", "--model", str(known_words), "--prompt", "a purple circle"]
     assert main([*command, "--output", str(tmp_path / "a.mp4"), "--quiet"]) == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lumos import shipped
-from lumos.cli import main
+from lumos.cli import MODEL_OPTIONS, VERBS, Parser, main
+from lumos.commands import subcommands
 from lumos.errors import UserError
 from lumos.pipeline.defaults import shipped_model
 from lumos.pipeline.hub import local_folder
@@ -81,6 +84,20 @@ def test_options_find_shipped_models_from_any_folder(repo: Path, tmp_path: Path,
     for command in (["info"], ["plan", "--generate", "--device", "cpu", "--peak-tflops", "1", "--model"]):
         assert main([*command, "checkpoints/stiv-tiny", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["model"] == str(repo / "checkpoints" / "stiv-tiny")
+
+
+def test_no_option_that_names_a_model_is_left_out():
+    modules = [verb.replace("-", "_") for verb in VERBS]
+    parts = [place for verb in ("compress", "evaluate", "bench") for place in subcommands.found(verb).values()]
+    modules += [place.rpartition(".")[2] for place in parts]
+    found = set()
+    for module in modules:
+        parser = Parser()
+        importlib.import_module(f"lumos.commands.{module}").add_arguments(parser)
+        found |= {action.dest for action in parser._actions if action.nargs != 0 and action.dest != "what"
+                  and re.search("model|tokenizer", f"{action.dest} {action.metavar}".lower())}  # fmt: skip
+    assert found <= set(MODEL_OPTIONS)
+    assert {"model", "mix", "text_tokenizer"} <= found
 
 
 def test_recipes_find_shipped_models_from_any_folder(repo: Path, tmp_path: Path, monkeypatch):

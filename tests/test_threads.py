@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumos import cli, threads
-from lumos.cli import main, program
+from lumos.cli import main, messages, program
 from lumos.data.prefetch import prefetched
 from lumos.errors import UserError
 from lumos.threads import Machine, given_count, load, prepare_process, processes_here, quota, thread_times, waiting_note, watched
@@ -107,6 +107,7 @@ def test_affinity_counts():
     (None, {"OMP_NUM_THREADS": "0"}, {"OMP_NUM_THREADS": "6", **threads.PASSIVE}),
     (None, {"OMP_NUM_THREADS": "", "MKL_NUM_THREADS": "x"}, {"OMP_NUM_THREADS": "6", "MKL_NUM_THREADS": "6", **threads.PASSIVE}),
     (None, {"MKL_NUM_THREADS": "5"}, {"MKL_NUM_THREADS": "5", **threads.PASSIVE}),
+    (None, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "2"}, {"OMP_NUM_THREADS": "5", "MKL_NUM_THREADS": "5", **threads.PASSIVE}),
     (None, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "6"}),
     (None, {"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9", "OMP_NUM_THREADS": "6"}),
     (None, {"LOCAL_WORLD_SIZE": "4"}, {"LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1", **threads.PASSIVE}),
@@ -158,7 +159,8 @@ def test_a_note_if_threads_wait_half_as_long_as_they_run(count, ran, waited, not
         assert f"--threads {count // 2}" in note
 
 
-def test_the_watch_says_it_once_and_stops(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_watch_says_it_once_and_stops(monkeypatch, capsys, quiet):
     times = iter(range(0, 1000, 10))
 
     def busier(root: Path) -> threads.Times:
@@ -166,11 +168,11 @@ def test_the_watch_says_it_once_and_stops(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(threads, "thread_times", busier)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    with watched(0.001):
+    with messages(quiet), watched(0.001):
         thread = next(thread for thread in threads.threading.enumerate() if thread.name == "threads-watch")
         thread.join(60)
         assert not thread.is_alive()
-    assert capsys.readouterr().err.count("note: other programs use this machine: 4 threads waited 10 s") == 1
+    assert capsys.readouterr().err.count("note: other programs use this machine: 4 threads waited 10 s") == (not quiet)
 
 
 def test_a_system_that_does_not_tell_is_not_watched(tmp_path, capsys):

@@ -14,7 +14,8 @@ from pathlib import Path
 from lumos.errors import RunError, UserError
 from lumos.threads import COUNT_VARIABLES, OWN_VARIABLE, PASSIVE
 
-SPIN = "while True: pass"
+SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
+"""Keeps a core busy until the process that started it has ended, even if that was killed and could not end this one."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def timed_process(command: Sequence[str], env: Mapping[str, str], what: str) -> 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
     """Within the block, run `count` other processes, each of which keeps a core busy."""
-    running = [subprocess.Popen([sys.executable, "-S", "-c", SPIN]) for _ in range(count)]
+    running = [subprocess.Popen([sys.executable, "-S", "-c", SPIN, str(os.getpid())]) for _ in range(count)]
     try:
         yield
     finally:

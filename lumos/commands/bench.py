@@ -19,6 +19,7 @@ from lumos.commands.counts import MAX_CLIPS, check_counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     known = targets()
     whole = subcommands.found("bench")
     told = f"{', '.join(known)}, all of these, or {', '.join(whole)}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
+
+from lumos.progress import LOGGER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = {path: read_result(path) for path in args.results}
     seconds = common_times(results)
     for target in different_settings(results):
-        print(f"note: {target} was measured with different settings", file=sys.stderr)
+        LOGGER.warning(f"note: {target} was measured with different settings")
     rows = [[place, *map(shown, spent), shown(ratio(spent[0], spent[-1]))] for place, spent in seconds.items()]
     print(render_table([["seconds", *(Path(path).name for path in results), "first / last"], *rows]))
     machine = machine_of(results[args.results[0]])

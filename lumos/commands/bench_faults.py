@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lumos.errors import RunError, UserError
+from lumos.progress import LOGGER
 
 DECODER = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 128,
@@ -73,7 +74,7 @@ def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str]
         begun = time.monotonic()
         finish(lambda kind=kind: KINDS[kind].make(folder, folder / kind), folder / kind)
         whole[kind] = folder / kind, time.monotonic() - begun
-        say(f"{kind} without kills: {whole[kind][1]:.1f} s")
+        LOGGER.info(f"{kind} without kills: {whole[kind][1]:.1f} s")
     kills: Counter[str] = Counter()
     differing, lost, failed, number = 0, 0, 0, 0
     while not kills or (time.monotonic() - started < seconds and (most is None or kills.total() < most)):
@@ -86,25 +87,22 @@ def measure(folder: Path, seconds: float, most: int | None, kinds: Sequence[str]
             kills[kind] += code == -signal.SIGKILL
             if code not in (0, -signal.SIGKILL):
                 failed += 1
-                say(f"{kind} ended with exit code {code}: {told(out)}")
+                LOGGER.error(f"{kind} ended with exit code {code}: {told(out)}")
             if code == 0 or (most is not None and kills.total() >= most):
                 break
         try:
             finish(lambda out=out, kind=kind: KINDS[kind].make(folder, out), out)
         except RunError as error:
             failed += 1
-            say(str(error))
+            LOGGER.error(str(error))
         differ, missing = KINDS[kind].compare(out, intact)
         differing, lost = differing + len(differ), lost + len(missing)
-        say(f"{kind} {number}: {kills.total()} kills so far; differing losses {differ or 'none'}; lost items {missing or 'none'}")
+        harm = f"differing losses {differ or 'none'}; lost items {missing or 'none'}"
+        LOGGER.info(f"{kind} {number}: {kills.total()} kills so far; {harm}")
     return {
         "kills": kills.total(), "differing_losses": differing, "lost_items": lost, "failed_runs": failed, "runs": number,
         "kills_of_each": dict(kills), "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands import subcommands
 
 STEPS = """A model becomes smaller and faster in four steps:
@@ -33,6 +34,7 @@ def steps() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     subcommands.add(parser, steps(), required=False)
 
 

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not 1 < args.target_speedup < float("inf"):
         raise UserError(f"--target-speedup {args.target_speedup:g} is not allowed; give a number above 1")
     device = str(pick_device(args.device))
+    args.model, args.data = str(Path(args.model)), str(Path(args.data))  # shards/ and shards are the same for a resumed run
     network = network_of(args.model, "model")
     auto.least_pruning(network, args.target_speedup, lambda keep: plan_of(network, keep))  # a speed out of reach is an error now
     out = Path("runs") / f"{Path(args.model).resolve().name}-faster" if args.out is None else Path(args.out)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lumos.cli import add_json
+from lumos.progress import LOGGER
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         weight_files(args.model, args.variant)
     print("\n".join(table(pruning)))
     for line in notes(pruning):
-        print(f"note: {line}")
+        LOGGER.warning(f"note: {line}")
     name = pruning.config["_class_name"]
     module = "diffusers" if pruning.stock else "lumos.compression.unets"
     if not args.dry_run:

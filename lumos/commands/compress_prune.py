@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumos.cli import add_json
 from lumos.commands.scoring import MEASURES, add_clips, add_measures, kind_of
+from lumos.progress import LOGGER
 
 if TYPE_CHECKING:
     from lumos.compression.networks import Network
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     + "".join(f", {name} becomes {size}" for name, size in plan.sizes.items())))  # fmt: skip
     print("\n".join(table(predicted.before, predicted.after, plan.units)))
     for warning in predicted.warnings:
-        print(printable(f"warning: {warning}"))
+        LOGGER.warning(printable(f"warning: {warning}"))
     if not args.dry_run:
         prune(network, plan, args.out, args.scores)
     if args.plan_out is not None:  # perhaps in the new folder

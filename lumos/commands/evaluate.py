@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lumos.cli import add_json
 from lumos.commands import subcommands
 
 
@@ -17,6 +18,7 @@ def measurements() -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
     subcommands.add(parser, measurements())
 
 

@@ -48,12 +48,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from lumos.commands.counts import check_counts
     from lumos.errors import UserError, printable
     from lumos.files import read_json
+    from lumos.progress import LOGGER
     from lumos.runtime import pick_device
     from lumos.training.finetuning import finetune_settings
 
     words = [args.source, *args.overrides]
     if len(plain := [word for word in words if not OVERRIDE.match(word)]) == 1:  # an override may stand before the clips
         args.source, args.overrides = plain[0], [word for word in words if OVERRIDE.match(word)]
+    args.source = str(Path(args.source))  # clips/ and clips are the same for a run that is resumed
+    args.captions = args.captions and str(Path(args.captions))
     check_counts(args, steps=(1, MAX_STEPS), clips_per_video=(1, MAX_CLIPS_OF_A_VIDEO))
     if args.replay is not None and not 0 <= args.replay < 1:
         raise UserError(f"--replay {args.replay:g} is not allowed; give a share from 0 to below 1")
@@ -67,7 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     job = FinetuneJob(args, base, clips, settings, [*args.overrides, f"training.device={args.device.partition(':')[0]}"])
     job.check()
-    print("\n".join(map(printable, [*plan(args, base, clips, settings), *notes])))
+    print("\n".join(map(printable, plan(args, base, clips, settings))), flush=True)
+    for note in notes:
+        LOGGER.warning(printable(note))
     stored = out / "tokenizer.json"
     psnr = read_json(stored, "what the tokenizer holds")["psnr"] if stored.exists() else clips.psnr
     print(held_by_tokenizer(psnr))
@@ -218,7 +223,7 @@ class FinetuneJob:
         print(printable(f"{sheet}  each clip, what the tokenizer keeps of it, and what the new model makes of its caption"))
         model = ["--model", base.folder, "--lora", adapter] if adapter else ["--model", str(export)]
         say = shlex.join([*model, "--prompt", self.clips.listing.usable[0].caption])
-        print(printable(f"{export}  is the new {'adapter' if adapter else 'model'}: python generate.py {say}"))
+        print(printable(f"{export}  is the new {'adapter' if adapter else 'model'}: python -m lumos generate {say}"))
         summary = {
             "finetune": args.out, "export": str(export), "sheet": str(sheet), "model": base.folder, "lora": adapter is not None,
             "clips": report["clips"], "left_out": report["skipped_items"], "steps": args.steps, "sha256": sha256, **versions(),

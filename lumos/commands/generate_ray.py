@@ -16,9 +16,10 @@ from typing import Any
 
 from lumos.cli import messages
 from lumos.commands.generate_list import Share, make_share
-from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
+from lumos.data.ingest.ray_executor import connect_to_ray, cores_of_each, gpus_of_each
 from lumos.errors import RunError, UserError, reason_of
 from lumos.progress import LOGGER, progress_bar
+from lumos.threads import threads_of_a_call
 
 ATTEMPTS = 3  # how often Ray starts a task anew whose process or node has died
 DEVICES = (None, "auto", "cpu", "cuda")
@@ -38,8 +39,10 @@ def make_on_ray(args: argparse.Namespace) -> Share:
     try:
         on_gpu = gpus_of_each(ray, args.device)
         workers = args.workers or (int(ray.cluster_resources()["GPU"]) if on_gpu else 1)
-        task = ray.remote(num_cpus=1, num_gpus=on_gpu, max_retries=ATTEMPTS)(share_in_task)
-        waiting = [task.remote(vars(args), number, workers, os.getcwd()) for number in range(1, workers + 1)]
+        threads = cores_of_each(ray, args.threads)
+        task = ray.remote(num_cpus=threads, num_gpus=on_gpu, max_retries=ATTEMPTS)(share_in_task)
+        values = {**vars(args), "threads": threads}
+        waiting = [task.remote(values, number, workers, os.getcwd()) for number in range(1, workers + 1)]
         shares, said = [], set()
         with progress_bar(total=workers, unit="share") as bar:
             while waiting:
@@ -70,7 +73,7 @@ def share_in_task(values: dict[str, Any], number: int, workers: int, folder: str
     args = argparse.Namespace(**{**values, "engine": None, "workers": None, "shard": f"{number}/{workers}"})
     said = Said()
     answer: dict[str, Any] = {"said": said.messages}
-    with messages(values.get("quiet", False), said):
+    with messages(values.get("quiet", False), said), threads_of_a_call(values["threads"]):
         try:
             answer["share"] = asdict(make_share(args, bars=False))
         except (UserError, RunError) as error:

@@ -60,15 +60,20 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def stored_weights(folder: Path) -> tuple[int, list[str]]:
-    """Return the number of parameters of the network in a model folder, and the dtypes in which they are stored."""
+    """Return the number of parameters of the network in a model folder, and the dtypes in which they are stored.
+
+    NotFound for a folder without weights, as a download that broke off leaves it; UserError for a damaged file.
+    """
     from math import prod
 
     from safetensors import SafetensorError, safe_open
 
-    from lumos.errors import UserError, reason_of
+    from lumos.errors import NotFound, UserError, reason_of
 
-    parameters, dtypes = 0, set()
-    for file in sorted(folder.glob("*.safetensors")):
+    parameters, dtypes, files = 0, set(), sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise NotFound(f"{folder} has no weights: there is no *.safetensors in it; download or copy the whole folder again")
+    for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118

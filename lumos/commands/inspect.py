@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lumos.cli import add_json
 from lumos.commands.counts import MAX_CLIPS, check_counts
+from lumos.progress import LOGGER
 
 LABEL_LENGTH = 300
 """The maximum number of characters of a clip's name and caption on the sheet."""
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise
             why_none = f"{error}; give --tokenizer"  # no error: the sheet is a default, and shards may come without the tokenizer
     if why_none:
-        print(printable(f"no sheet: {' '.join(why_none.split())}"), file=sys.stderr)
+        LOGGER.warning(printable(f"no sheet: {' '.join(why_none.split())}"))
     return summary
 
 

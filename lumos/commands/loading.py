@@ -73,6 +73,8 @@ def load(args: argparse.Namespace) -> tuple[VideoPipeline, str]:
 
     logging.disable_progress_bar()
     model = str(shipped_model() if args.model is None else local_folder(args.model))
+    if getattr(args, "lora", None) is not None:
+        args.lora = str(local_folder(args.lora))  # lists hash its files
     options = {name: getattr(args, name) for name in LOADING if hasattr(args, name)}
     dtype, limits = args.dtype and getattr(torch, args.dtype), parse_max_memory(getattr(args, "max_memory", None))
     with out_of_memory_as(lambda: LOADING_NEEDS_LESS if "device_map" in options else HALF_NEEDS_LESS):

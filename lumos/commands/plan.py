@@ -24,7 +24,7 @@ OF_CLIPS = ("model", "preset", "height", "width", "num_frames", "device", "dtype
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", help="YAML file of the training, or the name of a recipe, for example lumos1/3b-stage2")
-    add("overrides", nargs="*", metavar="section.key=value", help="overrides as in train.py, for example training.batch_size=96")
+    add("overrides", nargs="*", metavar="section.key=value", help="overrides as in `train`, for example training.batch_size=96")
     add("--gpus", type=int, help="number of GPUs, or of processes with training.device=cpu; default: 1")
     add("--gpu", help="name of the GPU; default: h100")
     add("--gpu-memory", type=float, help="memory of one GPU in GiB; default: that of --gpu")

@@ -14,6 +14,7 @@ from lumos.commands.counts import MAX_BATCH, check_counts
 from lumos.commands.demo import add_server, start, without_folders
 from lumos.commands.loading import LOADING, circumstances, load
 from lumos.errors import UserError, shown
+from lumos.threads import given_count
 
 if TYPE_CHECKING:
     from lumos.demo.replicas import Replicas
@@ -63,7 +64,8 @@ def replicas_of(args: argparse.Namespace) -> AbstractContextManager[Replicas] | 
     if args.autoscaling is not None:
         chosen["autoscaling"] = numbers(args.autoscaling)
     options = {name: getattr(args, name) for name in (*LOADING, "model", "dtype", "max_memory")}
-    return replicas(partial(load_replica, options), ReplicaSettings(args.replicas, device=args.device, **chosen))
+    threads = given_count(args.threads) or 1
+    return replicas(partial(load_replica, options), ReplicaSettings(args.replicas, device=args.device, threads=threads, **chosen))
 
 
 def numbers(words: list[str]) -> dict[str, float]:

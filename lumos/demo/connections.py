@@ -16,7 +16,7 @@ RATE = 16 * 1024
 ANSWER_SECONDS = 60  # time that a client may read nothing while there is more to send
 # Time that a connection stays open for a further request. A client that keeps connections as long as the server does may send a
 # request at the moment when the server closes its connection, and gets no answer. httpx keeps them for 5 s, aiohttp for 15 s, nginx
-# and the load balancers of the clouds for 60 s.
+# and the load balancer of AWS for 60 s. That of Google keeps them for 600 s, too long for MOST connections: nginx belongs between.
 KEPT_SECONDS = 75
 MOST = 500  # open connections; further ones get status 503
 

@@ -22,8 +22,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
-from lumos.data.ingest.ray_executor import connect_to_ray, gpus_of_each
+from lumos.data.ingest.ray_executor import connect_to_ray, cores_of_each, gpus_of_each
 from lumos.demo.worker import as_told
 from lumos.errors import RunError, UserError, instead, reason_of, shown
 from lumos.pipeline.base import VideoPipeline
@@ -47,6 +48,7 @@ class ReplicaSettings:
     batch_wait   seconds that a replica waits for more clips before it begins a batch that is not full
     device       None, "auto", "cpu" or "cuda"; each replica has a GPU if the cluster has GPUs and it is not "cpu"
     autoscaling  fields of Ray Serve's AutoscalingConfig, or None for a fixed number of replicas
+    threads      CPU cores and threads of each replica
     """
 
     replicas: int
@@ -54,6 +56,7 @@ class ReplicaSettings:
     batch_wait: float = 0.05
     device: str | None = None
     autoscaling: Mapping[str, Any] | None = None
+    threads: int = 1
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -73,8 +76,11 @@ class ReplicaSettings:
     def check(self, ray: ModuleType) -> None:
         """Raise UserError if this machine lacks the cores for the replicas: Ray would wait for them. A cluster may grow."""
         cores = int(ray.cluster_resources().get("CPU", 0))
-        if "RAY_ADDRESS" not in os.environ and self.autoscaling is None and self.replicas > cores:
-            raise UserError(f"--replicas {self.replicas} needs as many CPU cores, and Ray has {cores} here; give at most {cores}")
+        most = cores // cores_of_each(ray, self.threads)
+        if "RAY_ADDRESS" not in os.environ and self.autoscaling is None and self.replicas > most:
+            all_of = f"{self.replicas * self.threads} CPU cores with --threads {self.threads}"
+            needed = "as many CPU cores" if self.threads == 1 else all_of
+            raise UserError(f"--replicas {self.replicas} needs {needed}, and Ray has {cores} here; give at most {most}")
 
     def options(self) -> dict[str, Any]:
         """Return the arguments of `serve.deployment` that say how many replicas there are."""
@@ -86,8 +92,10 @@ class ReplicaSettings:
 class Maker:
     """The work of one replica."""
 
-    def __init__(self, start: Start, folder: str):
+    def __init__(self, start: Start, folder: str, threads: int | None = None):
         os.chdir(folder)  # relative paths start from the folder of the server
+        if threads is not None:
+            torch.set_num_threads(threads)  # the environment may have the number of the server
         self.pipe, self.circumstances = start()
 
     def make(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -203,7 +211,7 @@ def deployment(serve: ModuleType, start: Start, settings: ReplicaSettings, gpus:
 
     class Replica:
         def __init__(self) -> None:
-            self.maker = Maker(start, folder)
+            self.maker = Maker(start, folder, settings.threads)
             self.pool = ThreadPoolExecutor(1)  # the event loop stays free for the checks of Ray Serve
 
         @serve.batch(max_batch_size=settings.batch_size, batch_wait_timeout_s=settings.batch_wait)
@@ -216,8 +224,8 @@ def deployment(serve: ModuleType, start: Start, settings: ReplicaSettings, gpus:
         raise UserError(f"--autoscaling {shown(unknown[0])} is unknown{instead(unknown[0], known, 'known are')}")
     try:
         made = serve.deployment(
-            name="lumos", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, max_ongoing_requests=settings.batch_size,
-            **settings.options(),
+            name="lumos", ray_actor_options={"num_cpus": settings.threads, "num_gpus": gpus},
+            max_ongoing_requests=settings.batch_size, **settings.options(),
         )(Replica)  # fmt: skip
     except (ValueError, TypeError) as error:
         reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)  # pydantic has an entry for each field

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from lumos.demo.api import add_api, add_uploads
@@ -34,8 +35,18 @@ def build_app(
     """
     app = FastAPI(title="Lumos", version=__version__, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     add_api(app, service, keys, open_lists=hosts.is_local)
-    whole = app if examples is None else with_page(app, service, examples)
+    whole = without_page(app) if examples is None else with_page(app, service, examples)
     return Middleware(whole, service.store, service.limits, hosts, service.metrics)
+
+
+def without_page(app: FastAPI) -> FastAPI:
+    """Return the app, which says at the other paths what there is."""
+
+    @app.api_route("/{rest:path}", methods=["GET", "HEAD"], include_in_schema=False)
+    async def nothing(rest: str) -> None:
+        raise HTTPException(404, "there is no page here; GET /api/openapi.json lists the routes of the API; `lumos demo` has one")
+
+    return app
 
 
 def with_page(app: FastAPI, service: Service, examples: Mapping[str, np.ndarray | None]) -> ASGIApp:

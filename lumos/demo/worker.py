@@ -88,11 +88,14 @@ class Worker:
         """Put jobs of one owner into the queue, all or none, and return the first.
 
         most: how many jobs that have not ended the owner may have; None is any number. ServerBusy if the
-        queue is full, if the owner has too many jobs, or if the worker is closed.
+        queue is full, if the owner has too many jobs, or if the worker is closed; UserError for more jobs
+        than the owner may ever have.
         """
         with self._changed:
             if self._closed:
                 raise ServerBusy("the server is closing; try again later")
+            if most is not None and len(jobs) > most:
+                raise UserError(f"{len(jobs)} clips are more than you may have at a time ({most}); ask for fewer")
             others = sum(other.owner == jobs[0].owner for other in self._all())
             if most is not None and others + len(jobs) > most:
                 if most == 1 and others:

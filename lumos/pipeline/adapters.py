@@ -23,16 +23,21 @@ from lumos.lora import fingerprints, merge_adapter
 from lumos.pipeline.acceleration import has_int8_weights
 from lumos.pipeline.hub import local_folder
 from lumos.pipeline.placement import is_spread
+from lumos.settings import is_finite
 
 
 @dataclass
 class Adapters:
-    """The adapters of a pipeline: the differences of each by its name, their scales, and the original weights that they change."""
+    """The adapters of a pipeline: the differences of each by its name, their scales, and the original weights that they change.
+
+    trained_on is that of the model without adapters, learned_from that of each adapter by its name.
+    """
 
     differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     original: dict[str, Tensor] = field(default_factory=dict)
     trained_on: TrainedOn | None = None
+    learned_from: dict[str, TrainedOn | None] = field(default_factory=dict)
     are_on: bool = True
 
     def apply(self, model: nn.Module) -> None:
@@ -44,10 +49,17 @@ class Adapters:
                 used = [scale * difference for scale, difference in parts if scale and self.are_on]
                 parameters[name].copy_(weight.float() + sum(used) if used else weight)
 
+    def all_trained_on(self) -> TrainedOn | None:
+        """Return what the model with its adapters was trained on; None if that of the model is not known."""
+        found = self.trained_on
+        for own in self.learned_from.values() if found is not None else ():
+            found = found.joined(own)
+        return found
 
     def copied(self) -> Adapters:
         """Return a copy with the same tensors, which nothing changes in place."""
-        return replace(self, differences=dict(self.differences), scales=dict(self.scales), original=dict(self.original))
+        dicts = ("differences", "scales", "original", "learned_from")
+        return replace(self, **{name: dict(getattr(self, name)) for name in dicts})
 
 
 class HasAdapters:
@@ -75,7 +87,7 @@ class HasAdapters:
         name = adapter_name or next(name for name in free if name not in found.differences)
         if name in found.differences:
             raise UserError(f"there is an adapter {shown(name)} already; give another adapter_name, or unload_lora_weights first")
-        base = deepcopy(self.model).float().cpu()
+        base = deepcopy(self.model).cpu().float()
         with torch.no_grad():
             for key, weight in found.original.items():
                 base.get_parameter(key).copy_(weight)
@@ -86,9 +98,8 @@ class HasAdapters:
         for key in found.differences[name]:
             found.original.setdefault(key, self.model.get_parameter(key).detach().cpu().clone())
         found.scales[name] = 1.0
-        if self.trained_on is not None:
-            self.trained_on = self.trained_on.joined(read_trained_on(folder))
-        self._adapters = found
+        found.learned_from[name] = read_trained_on(folder)
+        self._adapters, self.trained_on = found, found.all_trained_on()
         found.apply(self.model)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None) -> None:
@@ -98,8 +109,8 @@ class HasAdapters:
         scales = [1.0 if weight is None else weight for weight in weights]
         if len(scales) != len(names):
             raise UserError(f"adapter_weights has {len(scales)} scales for {len(names)} adapters; give one for each, or one")
-        if wrong := [scale for scale in scales if isinstance(scale, bool) or not isinstance(scale, int | float)]:
-            raise UserError(f"adapter_weights holds {shown(wrong[0])}; give numbers, for example 0.7")
+        if wrong := [scale for scale in scales if not is_finite(scale)]:
+            raise UserError(f"adapter_weights holds {shown(wrong[0])}; give finite numbers, for example 0.7")
         found.scales = dict.fromkeys(found.differences, 0.0) | dict(zip(names, map(float, scales), strict=True))
         found.apply(self.model)
 
@@ -149,6 +160,9 @@ class HasAdapters:
         for name in names:
             found.differences.pop(name, None)
             found.scales.pop(name, None)
+            found.learned_from.pop(name, None)
+        if self._adapters is not None:
+            self.trained_on = found.all_trained_on()
         found.apply(self.model)
 
     def unload_lora_weights(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lumos.data.ingest.encode import TARGET_SIZES
 from lumos.data.shards.remote import is_url
+from lumos.errors import as_text
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.registry import Generator
 from lumos.training.settings import training_settings_of
@@ -53,10 +54,12 @@ def own_data(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]
     for source in sources:
         if source["source"] == "worlds":
             found.append({"share": source["share"], "source": "worlds", "options": source["options"] or {}})
+        elif not isinstance(source["path"], str):  # the record of another program
+            gone.append(f"the source {as_text(source['source'])}")
         elif is_url(source["path"]) or Path(source["path"]).is_dir():
             found.append({"share": source["share"], "source": "shards", "path": source["path"]})
         else:
-            gone.append(str(source["path"]))
+            gone.append(source["path"])
     total = sum(source["share"] for source in found)
     return [source | {"share": source["share"] / total} for source in found], gone
 

@@ -73,6 +73,22 @@ def test_busy_processes_end_with_the_block():
     assert not any(process.is_running() for process in began)
 
 
+@pytest.mark.slow
+def test_busy_processes_end_with_a_killed_bench(repo):
+    program = (
+        "import os, signal, psutil\n"
+        "from lumos.benchmarks.processes import busy_processes\n"
+        "with busy_processes(2):\n"
+        "    print(*(process.pid for process in psutil.Process().children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=repo, stdout=subprocess.PIPE, text=True)
+    left = [psutil.Process(int(pid)) for pid in done.stdout.split() if psutil.pid_exists(int(pid))]
+    assert (done.returncode, len(done.stdout.split())) == (-9, 2)
+    gone, _ = psutil.wait_procs(left, timeout=60)
+    assert len(gone) == len(left)
+
+
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
     """Run each different command of Lumos once, in this process, and return [(command, environment)] of all calls."""

@@ -26,12 +26,12 @@ def result(*, cpu="A", torch="2.5", threads=2, seconds=2.0, target="generate", *
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    def run(*results):
+    def run(*results, options=()):
         paths = []
         for i, made in enumerate(results):
             paths.append(tmp_path / f"{i}.json")
             paths[-1].write_text(json.dumps(made))
-        code = main(["bench", "compare", *map(str, paths)])
+        code = main(["bench", *options, "compare", *map(str, paths)])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -78,6 +78,14 @@ def test_an_older_result_names_torch_among_the_versions():
 def test_different_settings_are_told(compare):
     code, _, err = compare(result(shapes=["small"]), result(shapes=["mid"]))
     assert (code, err) == (0, "note: generate was measured with different settings\n")
+    code, _, err = compare(result(shapes=["small"]), result(shapes=["mid"]), options=["--quiet"])
+    assert (code, err) == (0, "")
+
+
+def test_json_may_be_asked_for_before_the_target(compare):
+    code, out, err = compare(result(), result(), options=["--json"])
+    assert (code, json.loads(out)["bench"]) == (0, "compare")
+    assert "seconds" in err  # the table for people
 
 
 def test_what_cannot_be_compared_is_told(compare, tmp_path, capsys):

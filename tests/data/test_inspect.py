@@ -57,6 +57,9 @@ def test_without_tokenizer_or_place_only_the_sheet_is_missing(ingested, tmp_path
     assert "no sheet: " in shown.err
     assert "gone" in shown.err
     assert main(["inspect", str(out), "--sheet", str(tmp_path / "s.png")]) == 2
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
     (out / "sheet.png").mkdir()  # a place that cannot be written to
     assert main(["inspect", str(out)]) == 0
     assert "no sheet: " in capsys.readouterr().err

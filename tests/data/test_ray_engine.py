@@ -181,7 +181,7 @@ def test_fifty_users_lose_nothing_when_a_replica_is_killed(ray_serve, micro_fold
     here = made(pipe, tmp_path / "here", requests)
     assert sorted(there) == list(range(50))
     assert {seed: file for seed, (file, _) in there.items()} == {seed: file for seed, (file, _) in here.items()}
-    assert {record["device"] for _, record in there.values()} == {"cpu"}
+    assert {(record["device"], record["threads"]) for _, record in there.values()} == {("cpu", 1)}
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(clips, tokenizer, tmp_path, monkeypatch, capsys):

@@ -49,6 +49,14 @@ def test_events_after_a_lost_connection(client):
     assert client.get(url, headers={"Last-Event-ID": "done"}).status_code == 204
 
 
+def test_a_browser_at_a_server_without_a_page(client):
+    for path in ("/", "/config", "/favicon.ico"):
+        answer = client.get(path)
+        assert (answer.status_code, "GET /api/openapi.json lists" in answer.json()["error"]) == (404, True)
+        assert client.head(path).status_code == 404
+    assert client.get("/health").status_code == client.get("/metrics").status_code == 200
+
+
 def test_caches_that_ask_by_time(client):
     url = ended(client, client.post("/api/clips", json=SMALL).json())["content"]
     whole = client.get(url)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from served_clips import asked, made
 
 from lumos.cli import main
@@ -23,6 +24,16 @@ from lumos.pipeline.request import Request
 def maker(pipe, monkeypatch):
     monkeypatch.chdir(Path.cwd())
     return Maker(lambda: (pipe, lambda: {"device": "there"}), os.getcwd())
+
+
+def test_a_replica_has_its_own_number_of_threads(tmp_path):
+    """Ray hands on OMP_NUM_THREADS of the server, which is for the whole machine."""
+    here, before = os.getcwd(), torch.get_num_threads()
+    try:
+        assert Maker(lambda: (torch.get_num_threads(), None), str(tmp_path), 3).pipe == 3
+    finally:
+        os.chdir(here)
+        torch.set_num_threads(before)
 
 
 # ---- batches
@@ -149,6 +160,11 @@ def test_no_more_replicas_than_cores(monkeypatch):
     with pytest.raises(UserError, match="--replicas 3 needs as many CPU cores, and Ray has 2 here; give at most 2"):
         ReplicaSettings(3).check(ray)
     ReplicaSettings(3, autoscaling={}).check(ray)
+    ReplicaSettings(1, threads=2).check(ray)
+    for wrong, message in ((ReplicaSettings(2, threads=2), "needs 4 CPU cores with --threads 2, .*; give at most 1"),
+                           (ReplicaSettings(1, threads=3, autoscaling={}), "--threads 3 needs as many CPU cores")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            wrong.check(ray)
     monkeypatch.setenv("RAY_ADDRESS", "cluster")
     ReplicaSettings(3).check(ray)
 
@@ -185,13 +201,14 @@ def test_settings_that_ray_serve_takes_and_refuses():
     serve = pytest.importorskip("ray.serve", exc_type=ImportError)
 
     def config(**autoscaling):
-        app = deployment(serve, lambda: None, ReplicaSettings(3, batch_size=5, autoscaling=autoscaling), 1)
+        app = deployment(serve, lambda: None, ReplicaSettings(3, batch_size=5, autoscaling=autoscaling, threads=2), 1)
         return app._bound_deployment
 
     made = config(min_replicas=2, target_ongoing_requests=1.5)
     scaling = made._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 3, 1.5)
-    assert (made.max_ongoing_requests, made.ray_actor_options["num_gpus"]) == (5, 1)
+    assert made.max_ongoing_requests == 5
+    assert {name: made.ray_actor_options[name] for name in ("num_cpus", "num_gpus")} == {"num_cpus": 2, "num_gpus": 1}
     unknown = "--autoscaling 'odd' is unknown; known are min_replicas"
     for wrong, message in (({"min_replicas": 5}, "min_replicas"), ({"odd": 1}, unknown)):
         with pytest.raises(UserError, match=message):

@@ -13,8 +13,10 @@ from micro_stiv import micro_pipeline
 from PIL import Image
 
 from lumos import LumosPipeline, StivPipeline, VideoPipeline
+from lumos.data.trained_on import TrainedOn
 from lumos.errors import UserError
 from lumos.lora import Lora, add_adapters, fingerprints, sample, write_adapter
+from lumos.pipeline.adapters import Adapters
 from lumos.pipeline.placement import pick_dtype
 from lumos.pipeline.request import Request
 from lumos.video.io import read_video
@@ -170,6 +172,20 @@ def test_adapters_are_loaded_scaled_and_unloaded(folder: Path, pipe, tmp_path: P
     check(0, 1)
 
 
+def test_an_adapter_takes_its_words_with_it(pipe):
+    pipe.trained_on = TrainedOn.of(["a red circle"])
+    known = {"cats": TrainedOn.of(["a cat"]), "dogs": TrainedOn.of(["a dog"])}
+    nothing = {name: {} for name in known}
+    pipe._adapters = Adapters(nothing, dict.fromkeys(known, 1.0), trained_on=pipe.trained_on, learned_from=known)
+    for words, name in (({"dog"}, "cats"), (set(), "dogs")):
+        pipe.delete_adapters(name)
+        assert pipe.trained_on.words == {"a", "red", "circle", *words}
+    pipe.unload_lora_weights()
+    assert pipe.trained_on.words == {"a", "red", "circle"}
+    pipe.delete_adapters([])
+    assert pipe.trained_on is not None
+
+
 @pytest.mark.slow
 def test_wrong_uses_of_adapters(folder: Path, pipe, tmp_path: Path):
     pytest.importorskip("peft")
@@ -181,8 +197,9 @@ def test_wrong_uses_of_adapters(folder: Path, pipe, tmp_path: Path):
         pipe.load_lora_weights(place, "a")
     with pytest.raises(UserError, match="2 scales for 1 adapters"):
         pipe.set_adapters(["a"], [1.0, 2.0])
-    with pytest.raises(UserError, match="holds 'much'"):
-        pipe.set_adapters("a", "much")
+    for wrong in ("much", True, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"holds {wrong!r}; give finite numbers"):
+            pipe.set_adapters("a", wrong)
     with pytest.raises(UserError, match="no adapter 'b'; loaded: a"):
         pipe.delete_adapters(["a", "b"])
     with pytest.raises(UserError, match="from_pretrained"):

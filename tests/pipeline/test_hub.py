@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from hub_server import Hub
 
 from lumos import LumosPipeline, VideoPipeline
 from lumos.cli import main
+from lumos.commands.loading import load, model_sha256
 from lumos.data.trained_on import TrainedOn
 from lumos.errors import NotFound, RunError, UserError
+from lumos.files import folder_sha256
 from lumos.pipeline.hub import is_repository, local_folder
 
 NAME = "org/micro"
@@ -78,9 +81,17 @@ def test_the_arguments_of_the_hub_are_passed_on(filled: Hub, tmp_path: Path):
 def test_an_adapter_may_be_a_repository(filled: Hub, micro_folder: Path):
     filled.repositories["me/adapter"] = {"adapter_config.json": b'{"peft_type": "LOHA"}', "lumos_adapter.json": b"[]"}
     pipe = VideoPipeline.from_pretrained(micro_folder, device="cpu")
-    for load in (pipe.load_lora_weights, lambda name: VideoPipeline.from_pretrained(micro_folder, device="cpu", lora=name)):
+    for loads in (pipe.load_lora_weights, lambda name: VideoPipeline.from_pretrained(micro_folder, device="cpu", lora=name)):
         with pytest.raises(UserError, match=r"lumos_adapter\.json is damaged"):
-            load("me/adapter")
+            loads("me/adapter")
+
+
+def test_lists_hash_the_files_of_a_repository(filled: Hub, monkeypatch):
+    filled.repositories["me/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    monkeypatch.setattr(VideoPipeline, "from_pretrained", lambda folder, **options: options["lora"])
+    args = argparse.Namespace(model=NAME, lora="me/adapter", dtype=None)
+    adapter, model = load(args)
+    assert model_sha256(model, args) == {"model": folder_sha256(Path(model)), "lora": folder_sha256(Path(adapter))}
 
 
 @pytest.mark.parametrize(("file", "said"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lumos.data.trained_on import TrainedOn, read_trained_on
 from lumos.pipeline.defaults import ClipDefaults
 from lumos.pipeline.notes import picture_note, psnr, size_note
 from lumos.pipeline.request import Request
+from lumos.video.io import write_video
 
 KNOWN = TrainedOn.of(["a red circle moves left"], {"shapes": ["circle"]})
 
@@ -123,6 +125,15 @@ def test_info_shows_what_a_model_is(known_folder: Path, micro_folder: Path, caps
     assert "not known" in capsys.readouterr().out
     assert main(["info", "nowhere"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_folder_without_weights_is_refused(known_folder: Path, tmp_path: Path, capsys):
+    """As a download that broke off leaves it."""
+    shutil.copytree(known_folder, tmp_path / "half", ignore=shutil.ignore_patterns("model*.safetensors"))
+    write_video(tmp_path / "a.mp4", np.zeros((9, 16, 16, 3), np.uint8), 8)
+    for words in (["info"], ["finetune", str(tmp_path / "a.mp4"), "--caption", "x", "--out", str(tmp_path / "out"), "--model"]):
+        assert main([*words, str(tmp_path / "half")]) == 2
+        assert "half has no weights: there is no *.safetensors in it; download or copy" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_data_is_not_described(known_folder: Path, capsys):

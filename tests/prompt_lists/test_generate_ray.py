@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lumos.cli import main
 from lumos.commands import generate, generate_ray
+from lumos.commands.generate_list import make_share
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -20,7 +22,14 @@ def test_a_share_returns_its_messages_with_their_levels(micro_folder, tmp_path, 
     parser = argparse.ArgumentParser()
     generate.add_arguments(parser)
     words = ["--model", str(micro_folder), "--prompts", "list.csv", "--device", "cpu", "--output-dir", "out"]
-    values = {**vars(parser.parse_args(words)), "threads": 1, "own_process": False, "quiet": quiet}
+    values = {**vars(parser.parse_args(words)), "threads": 3, "own_process": False, "quiet": quiet}
+    seen, before = [], torch.get_num_threads()
+
+    def watched(*given, **more):
+        seen.append(torch.get_num_threads())
+        return make_share(*given, **more)
+
+    monkeypatch.setattr(generate_ray, "make_share", watched)
     for prompt in ("x", "y"):  # the second time, the file is there with another prompt, which gives a note
         Path("list.csv").write_text(f"prompt,seed,num_frames,output\n{prompt},1,1,a.png\nbad,5,6,\n")
         answer = generate_ray.share_in_task(values, 1, 1, str(tmp_path))
@@ -29,6 +38,7 @@ def test_a_share_returns_its_messages_with_their_levels(micro_folder, tmp_path, 
     assert logging.ERROR in levels
     assert (logging.WARNING in levels) != quiet, answer
     assert capsys.readouterr().err == ""
+    assert (seen, torch.get_num_threads()) == ([3, 3], before)  # OMP_NUM_THREADS of the machine does not count in a task
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def settings_of(name: str, before: dict, lora: bool = False) -> dict:
 
 def test_own_data_are_those_of_the_record(tmp_path):
     assert own_data({}) == ([], [])
+    assert own_data(record(source="films")) == ([], ["the source films"])
     scenes = {"source": "worlds", "options": {"kinds": ["digits"]}}
     assert own_data(record(**scenes, path=None)) == ([{"share": 1.0, **scenes}], [])
     here, gone = {"source": "shards", "path": str(tmp_path)}, {"source": "shards", "path": str(tmp_path / "gone")}

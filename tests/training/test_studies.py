@@ -16,11 +16,12 @@ from lumos import registry
 from lumos.cli import main
 from lumos.data.curriculum import Curriculum
 from lumos.data.synthetic.sampling import SyntheticScenes
-from lumos.errors import UserError
+from lumos.errors import RunError, UserError
 from lumos.evaluation.captions import named_attributes
 from lumos.evaluation.experiments import intervals, plots, results, runs
 from lumos.evaluation.experiments.settings import Experiment, load
 from lumos.evaluation.prompts import KINDS
+from lumos.files import write_bytes
 from lumos.training.settings import load_settings
 
 STUDIES = (
@@ -209,14 +210,26 @@ def test_each_seed_has_prompts_of_its_own_and_arms_share_them(folders, name: str
 
 def test_models_are_trained_before_other_variants_evaluate_them(tmp_path: Path, monkeypatch):
     found, ran = load(study(tmp_path, first={"of": "second"}, second={})), []
+    jobs = runs.jobs(found, tmp_path / "runs")
+    results = {command: made for job in jobs for _, command, made in job.steps()}
 
-    def fake(command, **_) -> SimpleNamespace:
-        ran.append(command[3])
+    def fake(command, *, env, **_) -> SimpleNamespace:
+        ran.append((command[3], env["LUMOS_THREADS"]))
+        if not stopped:
+            write_bytes(results[tuple(command[3:])], b"{}")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=fake, STDOUT=None))
-    runs.run(runs.jobs(found, tmp_path / "runs"), 1, lambda: None)
-    assert ran == ["train", "evaluate", "evaluate"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    monkeypatch.setenv("LUMOS_THREADS", "6")  # counts before OMP_NUM_THREADS in each run too
+    stopped = True  # by Ctrl-C, after which a training saves its work and ends with 0
+    with pytest.raises(RunError, match=r"train --config .* was stopped before its end; the same command goes on"):
+        runs.run(jobs[1:], 1, lambda: None)
+    assert ran == [("train", "6")]
+    stopped = False
+    ran.clear()
+    runs.run(jobs, 2, lambda: None)
+    assert ran == [("train", "3"), ("evaluate", "3"), ("evaluate", "3")]
 
 
 @pytest.mark.parametrize(("variants", "message"), [

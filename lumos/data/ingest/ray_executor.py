@@ -29,6 +29,7 @@ from lumos.data.ingest.item import Item
 from lumos.data.ingest.workers import Make, WorkerPool
 from lumos.data.shards.format import FRAME_CODES
 from lumos.errors import RunError, UserError, shown
+from lumos.threads import given_count
 
 DEVICES = (None, "auto", "cpu", "cuda")
 ITEMS_A_WORKER = 1000
@@ -162,6 +163,18 @@ def gpus_of_each(ray: ModuleType, device: str | None) -> int:
     if device == "cuda" and not available:
         raise UserError("device 'cuda' is not available: the Ray cluster has no GPU; give auto or cpu")
     return int(device != "cpu" and available > 0)
+
+
+def cores_of_each(ray: ModuleType, asked: int | None) -> int:
+    """Return how many CPU cores and threads a task gets: `asked` (--threads), else LUMOS_THREADS, else 1.
+
+    A Ray that this process starts hands on OMP_NUM_THREADS, which is for the whole machine, so a task sets its own number. Raise
+    UserError if this machine lacks the cores: Ray would wait for them. A cluster may grow.
+    """
+    count, cores = given_count(asked) or 1, int(ray.cluster_resources().get("CPU", 0))
+    if "RAY_ADDRESS" not in os.environ and count > cores:
+        raise UserError(f"--threads {count} needs as many CPU cores, and Ray has {cores} here; give at most {cores}")
+    return count
 
 
 def _ray() -> ModuleType:

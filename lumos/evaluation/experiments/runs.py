@@ -16,7 +16,7 @@ from lumos.evaluation.experiments.reuse import copy_trained, key_file, mark, set
 from lumos.evaluation.experiments.settings import Experiment
 from lumos.files import read_text, write_bytes
 from lumos.progress import LOGGER
-from lumos.threads import cores_in_use
+from lumos.threads import OWN_VARIABLE, cores_in_use
 
 LAST_BYTES = 10_000  # bytes at the end of a log in which its last line is searched for
 
@@ -132,7 +132,7 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
 
     def one(job: ExperimentJob) -> str | None:
         job.folder.mkdir(parents=True, exist_ok=True)
-        missing = list(job.missing())
+        missing, last_files = list(job.missing()), {name: made for name, _, made in job.steps()}
         for name, command, made in job.steps():  # a training may have outlived the experiment that began it
             if made.is_file() and not key_file(job.folder / name).is_file():
                 mark(job.folder / name, settings_key(command))
@@ -144,7 +144,7 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
                 mark(made, key)
                 continue
             with open(job.folder / f"{name}.log", "w") as log:
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                environment = {**os.environ, OWN_VARIABLE: str(threads)}  # counts before all other variables
                 ended = subprocess.run(
                     [sys.executable, "-m", "lumos", *command], stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
                 )
@@ -153,6 +153,8 @@ def run(todo: list[ExperimentJob], parallel: int, on_done: Callable[[], None]) -
                     written.seek(max(0, os.path.getsize(log.name) - LAST_BYTES))
                     last = written.read().decode("utf-8", "replace").strip().splitlines()[-1:]
                 return f"{' '.join(command)} ended with {ended.returncode}: {' '.join(last)[-300:]} (see {log.name})"
+            if not last_files[name].is_file():  # a training that is told to stop saves its work and ends without an error
+                return f"{' '.join(command)} was stopped before its end; the same command goes on (see {log.name})"
             mark(made, key)
         on_done()
         return None

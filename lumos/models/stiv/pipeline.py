@@ -221,7 +221,7 @@ class StivPipeline(VideoPipeline):
     def to(self, *args: Any, device: str | int | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Self:
         super().to(*args, device=device, dtype=dtype)
         if isinstance(self.text, FrozenTextEncoder):
-            self.text.to(self.device, self.dtype)
+            self.text.to(self.model.device, self.dtype)  # with offload, this is host memory
         return self
 
     def resolved(self, request: Request) -> StivResolved:

@@ -83,6 +83,9 @@ def test_a_frozen_text_encoder_is_saved_with_the_model(clip_text, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = VideoPipeline.from_pretrained(tmp_path / "model", device="cpu")
     assert torch.equal(again("a red circle", seed=1).latents, pipe("a red circle", seed=1).latents)
+    again.offload_device = torch.device("meta")  # a device that holds no numbers
+    again.to(dtype="bfloat16")
+    assert {(p.device.type, p.dtype) for p in again.text.model.parameters()} == {("cpu", torch.bfloat16)}  # not on that device yet
     wide = micro_config(text_encoder="folder", text_width=128)
     with pytest.raises(UserError, match="has width 64; the model needs text_width 128"):
         StivPipeline(type(usual.model)(wide), pipe.text, usual.space)
