@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,19 +47,25 @@ def inside(data: bytes, *names: bytes) -> Iterator[bytes]:
             yield from inside(content, *names[1:])
 
 
-def most_edits(path: str | Path) -> int:
-    """Return the largest number of pieces of its film that an edit list of a video track of an mp4 or mov file shows.
+@dataclass(frozen=True)
+class Edit:
+    """An entry of an edit list: whether it shows a piece of the film, and whether at the speed at which it was recorded."""
 
-    Edits that show nothing are not counted. 1 also stands for a track without an edit list.
-    """
+    is_shown: bool
+    is_usual_speed: bool
+
+
+def edit_lists(path: str | Path) -> list[list[Edit]]:
+    """Return the edit list of each video track of an mp4 or mov file that has one."""
     with open(path, "rb") as file:
         moov = next((file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name == b"moov"), b"")
     films = (track for track in inside(moov, b"trak") if b"vide" in {box[8:12] for box in inside(track, b"mdia", b"hdlr")})
-    return max((pieces(box) for track in films for box in inside(track, b"edts", b"elst")), default=1)
+    return [edits(box) for track in films for box in inside(track, b"edts", b"elst")]
 
 
-def pieces(edit_list: bytes) -> int:
-    """Return the number of edits of a box "elst" that show a piece of the film; an empty edit has the media time -1."""
-    form = struct.Struct(">Qq4x" if edit_list[:1] == b"\1" else ">Ii4x")
-    count = min(int.from_bytes(edit_list[4:8]), (len(edit_list) - 8) // form.size)
-    return sum(form.unpack_from(edit_list, 8 + number * form.size)[1] >= 0 for number in range(count))
+def edits(box: bytes) -> list[Edit]:
+    """Return the entries of a box "elst". One that shows nothing has the media time -1, and the usual rate is 1 as 16.16."""
+    form = struct.Struct(">Qqi" if box[:1] == b"\1" else ">Iii")
+    count = min(int.from_bytes(box[4:8]), (len(box) - 8) // form.size)
+    entries = (form.unpack_from(box, 8 + number * form.size) for number in range(count))
+    return [Edit(time >= 0, rate == 1 << 16) for _, time, rate in entries]
