@@ -123,7 +123,8 @@ class AvClip:
             # A fragmented mp4 stores what its edit list hides at the begin, and it has times below 0.
             self.origin = max(start or 0, 0 if is_mov else BEFORE_ALL) * self.tick
             # From where the stated duration counts: AVI, and a film behind a gap, count what stands before the first frame.
-            begin = 0.0 if self.of_decoding or begins_with_gap else self.origin if stream.start_time is None else stream.start_time * self.tick
+            begin = self.origin if stream.start_time is None else stream.start_time * self.tick
+            begin = 0.0 if self.of_decoding or begins_with_gap else begin
             duration = stream.duration
             if self.stamped and probed and not self.of_decoding and not is_mov:
                 self.fps = _usual_rate(self.fps, [time * self.tick for time in probed])
