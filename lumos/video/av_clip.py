@@ -10,7 +10,6 @@ not exist.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,12 +23,10 @@ import av
 import numpy as np
 from av.codec.context import Flags
 from av.stream import Disposition
-from PIL import Image
 
 from lumos.errors import UserError
+from lumos.video.av_picture import rgb_of
 from lumos.video.boxes import edit_lists
-from lumos.video.colour import profile_of_codes
-from lumos.video.frames import picture_rgb
 from lumos.video.hdr import check_codec_tag, check_transfer
 from lumos.video.matroska import stated_bytes
 
@@ -60,8 +57,6 @@ BROADCASTS = ("mpegts", "mpeg")
 """Containers of streams that begin and end anywhere: their last packet may be cut off, and its frame is left out."""
 ORDERED = "mpegts"
 """The container whose times of decoding are those of the file; in others, FFmpeg guesses some, and they may jump back."""
-UNSPECIFIED, BT709 = 2, 1
-"""Codes of the matrix between YUV and RGB that a file states (ITU-T H.273, table 4), and the one of FFmpeg's scaler."""
 STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "gif", "webp")
 """Codecs of pictures, in which a thumbnail beside a film is stored."""
 UNTIMED = "mpeg"
@@ -427,26 +422,7 @@ class AvClip:
         return UserError(f"{self.path} is damaged{place}; copy it again, or read a part without this place")
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """Return a decoded frame as it is shown, uint8 [H, W, 3]: with square pixels, turned and mirrored as the file says."""
-        has_alpha = any(component.is_alpha for component in frame.format.components) and not self.is_plain
-        # Players take BT.709 for films in HD that state nothing, and FFmpeg BT.601.
-        is_hd = frame.width >= 1280 or frame.height > 576
-        matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
-        rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
-        beside = {} if self.is_png else frame.side_data
-        held = beside.get("ICC_PROFILE")
-        profile = profile_of_codes(frame.color_primaries, frame.color_trc) if held is None else bytes(held)
-        if has_alpha or profile:
-            picture = Image.fromarray(rgb)
-            picture.info["icc_profile"] = profile
-            rgb = picture_rgb(picture, self.path)
-        if self.aspect != 1:
-            wide = max(1, round(rgb.shape[1] * self.aspect))
-            rgb = np.asarray(Image.fromarray(rgb).resize((wide, rgb.shape[0]), Image.Resampling.BICUBIC))
-        if self.is_png:
-            return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
-        matrix = beside.get("DISPLAYMATRIX")
-        return rgb if matrix is None else displayed(rgb, struct.unpack("9i", bytes(matrix)))
+        return rgb_of(frame, self.path, self.aspect, self.is_png, self.is_plain)
 
     def _check_size(self, width: int, height: int) -> None:
         check_pixels(self.path, max(width, round(width * self.aspect)), height, self.max_pixels)
@@ -469,21 +445,6 @@ def _begins_with_key_frame(packets: list[Any]) -> bool:
     """Return whether the first packets of a stream begin with a key frame, and none of them is shown before it."""
     shown = [packet.pts for packet in packets if packet.pts is not None]
     return bool(packets) and packets[0].is_keyframe and packets[0].pts == min(shown, default=None)
-
-
-def displayed(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
-    """Return a picture [H, W, C] as a display matrix shows it, for right angles and mirrors.
-
-    matrix: a b u c d v x y w by rows, which maps the point (column, row) to (a column + c row, b column + d row). Other
-    angles are rounded to the nearest of these.
-    """
-    a, b, _, c, d, *_ = matrix
-    if abs(b) + abs(c) > abs(a) + abs(d):  # rows become columns
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    picture = picture[:, ::-1] if across < 0 else picture
-    return np.ascontiguousarray(picture[::-1] if down < 0 else picture)
 
 
 def check_pixels(path: str | Path, width: int, height: int, max_pixels: int, of: str = "") -> None:

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps
 
 from lumos.errors import UserError
-from lumos.video.av_clip import displayed
+from lumos.video.av_picture import displayed
 from lumos.video.boxes import edit_lists
 from lumos.video.frames import as_uint8, picture_rgb
 from lumos.video.reading import can_read, count_frames, is_still, read_image, read_video
