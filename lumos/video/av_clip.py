@@ -27,6 +27,7 @@ from av.stream import Disposition
 from lumos.errors import UserError
 from lumos.video.av_picture import rgb_of
 from lumos.video.boxes import edit_lists
+from lumos.video.cropping import cropping_of
 from lumos.video.hdr import check_codec_tag, check_transfer
 from lumos.video.matroska import stated_bytes
 
@@ -95,8 +96,10 @@ class AvClip:
         self._number: int | None = None
         with self._open() as (container, stream):
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            self.aspect = aspect if aspect > 0 else Fraction(1)
-            self._check_size(stream.codec_context.width, stream.codec_context.height)
+            size = stream.codec_context.width, stream.codec_context.height
+            self.cropping = cropping_of(path, container.format.name, stream.index, *size)
+            self.aspect = self.cropping.aspect or (aspect if aspect > 0 else Fraction(1))
+            self._check_size(*size)
             self.fps = float(stream.average_rate or stream.guessed_rate or Fraction(25))
             self.tick = float(stream.time_base)
             packets = (packet for packet in container.demux(stream) if packet.size)
@@ -422,7 +425,7 @@ class AvClip:
         return UserError(f"{self.path} is damaged{place}; copy it again, or read a part without this place")
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        return rgb_of(frame, self.path, self.aspect, self.is_png, self.is_plain)
+        return rgb_of(frame, self.path, self.cropping, self.aspect, self.is_png, self.is_plain)
 
     def _check_size(self, width: int, height: int) -> None:
         check_pixels(self.path, max(width, round(width * self.aspect)), height, self.max_pixels)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lumos.video.colour import profile_of_codes
+from lumos.video.cropping import Cropping
 from lumos.video.frames import picture_rgb
 
 UNSPECIFIED, BT709 = 2, 1
@@ -20,17 +21,20 @@ LIMITED = 1
 LIMITED_TO_FULL = np.clip((np.arange(256) - 16) * (255 / 219), 0, 255).round().astype(np.uint8)
 
 
-def rgb_of(frame: av.VideoFrame, path: Path, aspect: Fraction, is_png: bool, is_plain: bool) -> np.ndarray:
+def rgb_of(
+    frame: av.VideoFrame, path: Path, cropping: Cropping, aspect: Fraction, is_png: bool, is_plain: bool
+) -> np.ndarray:  # fmt: skip
     """Return a decoded frame as it is shown, uint8 [H, W, 3]: with square pixels, turned and mirrored as the file says.
 
-    aspect: the width of a pixel by its height. is_png: PyAV must not be asked for what stands beside the pixels. is_plain: the
-    fourth byte of a pixel has no meaning.
+    cropping: what the container hides. aspect: the width of a pixel by its height. is_png: PyAV must not be asked for what stands
+    beside the pixels. is_plain: the fourth byte of a pixel has no meaning.
     """
     has_alpha = any(component.is_alpha for component in frame.format.components) and not is_plain
     # Players take BT.709 for films in HD that state nothing, and FFmpeg BT.601.
     is_hd = frame.width >= 1280 or frame.height > 576
     matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
     rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
+    rgb = cropping.of(rgb)
     if frame.format.name.startswith("gray") and frame.color_range == LIMITED:  # FFmpeg's scaler takes the levels of grey for full
         rgb = LIMITED_TO_FULL[rgb]
     beside = {} if is_png else frame.side_data
@@ -46,7 +50,7 @@ def rgb_of(frame: av.VideoFrame, path: Path, aspect: Fraction, is_png: bool, is_
     if is_png:
         return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
     turned = beside.get("DISPLAYMATRIX")
-    return rgb if turned is None else displayed(rgb, struct.unpack("9i", bytes(turned)))
+    return np.ascontiguousarray(rgb) if turned is None else displayed(rgb, struct.unpack("9i", bytes(turned)))
 
 
 def displayed(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:

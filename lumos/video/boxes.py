@@ -11,6 +11,9 @@ from typing import BinaryIO
 MAX_BOX_BYTES = 2**24
 """Largest number of bytes of a box that are read. Boxes without pixels have kilobytes, in an hour of film some megabytes."""
 
+SAMPLE_ENTRY_BYTES = 78
+"""Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
+
 
 def top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
     """Yield the name and the number of content bytes of each box of a file, which stands at the content then."""
@@ -47,6 +50,12 @@ def inside(data: bytes, *names: bytes) -> Iterator[bytes]:
             yield from inside(content, *names[1:])
 
 
+def moov_of(path: str | Path) -> bytes:
+    """Return the content of the box "moov" of an mp4 or mov file, which describes its tracks; empty without one."""
+    with open(path, "rb") as file:
+        return next((file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name == b"moov"), b"")
+
+
 @dataclass(frozen=True)
 class Edit:
     """An entry of an edit list: whether it shows a piece of the film, and whether at the speed at which it was recorded."""
@@ -57,9 +66,7 @@ class Edit:
 
 def edit_lists(path: str | Path) -> list[list[Edit]]:
     """Return the edit list of each video track of an mp4 or mov file that has one."""
-    with open(path, "rb") as file:
-        moov = next((file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name == b"moov"), b"")
-    films = (track for track in inside(moov, b"trak") if b"vide" in {box[8:12] for box in inside(track, b"mdia", b"hdlr")})
+    films = (track for track in inside(moov_of(path), b"trak") if b"vide" in {box[8:12] for box in inside(track, b"mdia", b"hdlr")})
     return [edits(box) for track in films for box in inside(track, b"edts", b"elst")]
 
 
