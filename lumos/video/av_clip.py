@@ -10,7 +10,6 @@ not exist.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,12 +23,11 @@ import av
 import numpy as np
 from av.codec.context import Flags
 from av.stream import Disposition
-from PIL import Image
 
 from lumos.errors import UserError
-from lumos.video.boxes import most_edits
-from lumos.video.colour import profile_of_codes
-from lumos.video.frames import picture_rgb
+from lumos.video.av_picture import rgb_of
+from lumos.video.boxes import edit_lists
+from lumos.video.cropping import cropping_of
 from lumos.video.hdr import check_codec_tag, check_transfer
 from lumos.video.matroska import stated_bytes
 
@@ -60,10 +58,10 @@ BROADCASTS = ("mpegts", "mpeg")
 """Containers of streams that begin and end anywhere: their last packet may be cut off, and its frame is left out."""
 ORDERED = "mpegts"
 """The container whose times of decoding are those of the file; in others, FFmpeg guesses some, and they may jump back."""
-UNSPECIFIED, BT709 = 2, 1
-"""Codes of the matrix between YUV and RGB that a file states (ITU-T H.273, table 4), and the one of FFmpeg's scaler."""
 STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "gif", "webp")
 """Codecs of pictures, in which a thumbnail beside a film is stored."""
+UNTIMED = "mpeg"
+"""A container in which not every frame has a time stamp. FFmpeg counts on from the last one, but behind a seek it has none."""
 RAW_RATES = {"h264": "codec", "hevc": "codec", "m4v": "guessed", "mpegvideo": "guessed"}
 """Raw streams, whose times and average rate are guessed by FFmpeg, and where the rate that they state is found."""
 BEFORE_ALL = -(2**40)
@@ -84,7 +82,8 @@ class AvClip:
 
     A frame counts as on screen a little before its time stamp (half a clock tick, at least 1.1 ms),
     because many files have time stamps in whole milliseconds: the frame at 0.067 s is the frame for
-    2/30 s.
+    2/30 s. Where a frame lasts a whole number of ticks, as in AVI, which counts frames, it is 1.1 ms,
+    as nothing is rounded.
     """
 
     rounding = ROUNDING
@@ -97,22 +96,20 @@ class AvClip:
         self._number: int | None = None
         with self._open() as (container, stream):
             aspect = stream.sample_aspect_ratio or Fraction(1)
-            self.aspect = aspect if aspect > 0 else Fraction(1)
-            self._check_size(stream.codec_context.width, stream.codec_context.height)
+            size = stream.codec_context.width, stream.codec_context.height
+            self.cropping = cropping_of(path, container.format.name, stream.index, *size)
+            self.aspect = self.cropping.aspect or (aspect if aspect > 0 else Fraction(1))
+            self._check_size(*size)
             self.fps = float(stream.average_rate or stream.guessed_rate or Fraction(25))
             self.tick = float(stream.time_base)
-            self.early = max(self.tick / 2, ROUNDING + 1e-4) + 1e-6
             packets = (packet for packet in container.demux(stream) if packet.size)
             self.of_decoding = container.format.name in DECODING_TIMES
             # PyAV frees the name of the profile of a PNG twice if it is asked for what stands beside the pixels.
             self.is_png = stream.codec_context.name in ("png", "apng")
             # In a bitmap of 32 bits, of which such an AVI consists, the fourth byte of a pixel has no meaning, and is often 0.
             self.is_plain = container.format.name == "avi" and stream.codec_context.name == "rawvideo"
-            if container.format.name.startswith("mov") and stream.codec_context.has_b_frames and most_edits(path) > 1:
-                raise UserError(
-                    f"{path} shows several pieces of its film (an edit list) and has B-frames, and FFmpeg reads the times of such "
-                    "pieces wrong; export it as one piece from the program that cut it"
-                )
+            is_mov = container.format.name.startswith("mov")
+            begins_with_gap = is_mov and self._check_edits(bool(stream.codec_context.has_b_frames))
             first = list(islice(packets, PROBED_PACKETS))
             probed = [self._time_of(packet) for packet in first]
             has_times = None not in probed
@@ -121,18 +118,24 @@ class AvClip:
             start = stream.start_time
             if has_times and probed and (self.of_decoding or start is None):
                 start = probed[0] if self.of_decoding else min(probed)
-            self.origin = (start or 0) * self.tick
-            # From where the stated duration counts: AVI counts what stands before its first frame.
-            begin = 0.0 if self.of_decoding else self.origin if stream.start_time is None else stream.start_time * self.tick
+            # A fragmented mp4 stores what its edit list hides at the begin, and it has times below 0.
+            self.origin = max(start or 0, 0 if is_mov else BEFORE_ALL) * self.tick
+            # From where the stated duration counts: AVI, and a film behind a gap, count what stands before the first frame.
+            begin = self.origin if stream.start_time is None else stream.start_time * self.tick
+            begin = 0.0 if self.of_decoding or begins_with_gap else begin
             duration = stream.duration
-            if self.stamped and probed and not self.of_decoding and not container.format.name.startswith("mov"):
+            if self.stamped and probed and not self.of_decoding and not is_mov:
                 self.fps = _usual_rate(self.fps, [time * self.tick for time in probed])
             if (stated := RAW_RATES.get(container.format.name)) is not None:
                 rate = stream.codec_context.framerate if stated == "codec" else stream.guessed_rate
                 self.fps = float(rate or stream.guessed_rate or self.fps)
-            elif not has_times:
+            elif not has_times and stream.codec_context.framerate != stream.average_rate:  # else the codec states it
                 self.fps = float(stream.guessed_rate or self.fps)
             indexed = container.format.name in INDEXED
+            self.seekable = self.stamped and container.format.name != UNTIMED
+        ticks = 1 / (self.fps * self.tick)  # of the clock in a frame
+        is_exact = ticks > 0.5 and abs(ticks - round(ticks)) < 1e-3
+        self.early = max(0 if is_exact else self.tick / 2, ROUNDING + 1e-4) + 1e-6
         if self.stamped and not indexed and not self.of_decoding and not _begins_with_key_frame(first):
             self.origin = self._first_shown()
         self.length = None if duration is None else duration * self.tick - (self.origin - begin)
@@ -223,6 +226,25 @@ class AvClip:
                         return max(found)
         return max(self.times())
 
+    def _check_edits(self, has_b_frames: bool) -> bool:
+        """Return whether an edit list of an mp4 or mov file begins with a gap; UserError if FFmpeg reads its times wrong."""
+        lists = edit_lists(self.path)
+        for edits in lists:
+            shown = [edit for edit in edits if edit.is_shown]
+            if not all(edit.is_usual_speed for edit in shown):
+                raise UserError(
+                    f"{self.path} plays its film slower or faster than it was recorded (an edit list), which cannot be read; "
+                    "export it from a program for video"
+                )
+            has_gaps = any(before.is_shown and not edit.is_shown for before, edit in pairwise(edits))
+            if has_gaps or (len(shown) > 1 and has_b_frames):
+                what = "a gap behind a piece of its film" if has_gaps else "several pieces of its film"
+                raise UserError(
+                    f"{self.path} shows {what} (an edit list){'' if has_gaps else ' and has B-frames'}, and FFmpeg reads the times "
+                    "wrong; export it as one piece from the program that cut it"
+                )
+        return any(edits and not edits[0].is_shown for edits in lists)
+
     def _time_of(self, found: Any) -> int | None:
         """Return the time stamp of a packet or frame, for streams in which it is the time of presentation."""
         return found.dts if self.of_decoding else found.pts
@@ -305,7 +327,7 @@ class AvClip:
 
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield the frames in order, beginning with the frame that is on screen at ``start`` or an earlier one."""
-        for margin in SEEK_MARGINS if self.stamped else ():
+        for margin in SEEK_MARGINS if self.seekable else ():
             if start - margin <= 1:
                 break
             with closing(self._decode(start - margin)) as near:
@@ -403,26 +425,7 @@ class AvClip:
         return UserError(f"{self.path} is damaged{place}; copy it again, or read a part without this place")
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """Return a decoded frame as it is shown, uint8 [H, W, 3]: with square pixels, turned and mirrored as the file says."""
-        has_alpha = any(component.is_alpha for component in frame.format.components) and not self.is_plain
-        # Players take BT.709 for films in HD that state nothing, and FFmpeg BT.601.
-        is_hd = frame.width >= 1280 or frame.height > 576
-        matrix = BT709 if frame.colorspace == UNSPECIFIED and is_hd and not frame.format.is_rgb else None
-        rgb = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", src_colorspace=matrix)
-        beside = {} if self.is_png else frame.side_data
-        held = beside.get("ICC_PROFILE")
-        profile = profile_of_codes(frame.color_primaries, frame.color_trc) if held is None else bytes(held)
-        if has_alpha or profile:
-            picture = Image.fromarray(rgb)
-            picture.info["icc_profile"] = profile
-            rgb = picture_rgb(picture, self.path)
-        if self.aspect != 1:
-            wide = max(1, round(rgb.shape[1] * self.aspect))
-            rgb = np.asarray(Image.fromarray(rgb).resize((wide, rgb.shape[0]), Image.Resampling.BICUBIC))
-        if self.is_png:
-            return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))
-        matrix = beside.get("DISPLAYMATRIX")
-        return rgb if matrix is None else displayed(rgb, struct.unpack("9i", bytes(matrix)))
+        return rgb_of(frame, self.path, self.cropping, self.aspect, self.is_png, self.is_plain)
 
     def _check_size(self, width: int, height: int) -> None:
         check_pixels(self.path, max(width, round(width * self.aspect)), height, self.max_pixels)
@@ -445,21 +448,6 @@ def _begins_with_key_frame(packets: list[Any]) -> bool:
     """Return whether the first packets of a stream begin with a key frame, and none of them is shown before it."""
     shown = [packet.pts for packet in packets if packet.pts is not None]
     return bool(packets) and packets[0].is_keyframe and packets[0].pts == min(shown, default=None)
-
-
-def displayed(picture: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
-    """Return a picture [H, W, C] as a display matrix shows it, for right angles and mirrors.
-
-    matrix: a b u c d v x y w by rows, which maps the point (column, row) to (a column + c row, b column + d row). Other
-    angles are rounded to the nearest of these.
-    """
-    a, b, _, c, d, *_ = matrix
-    if abs(b) + abs(c) > abs(a) + abs(d):  # rows become columns
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    picture = picture[:, ::-1] if across < 0 else picture
-    return np.ascontiguousarray(picture[::-1] if down < 0 else picture)
 
 
 def check_pixels(path: str | Path, width: int, height: int, max_pixels: int, of: str = "") -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 MAX_BOX_BYTES = 2**24
 """Largest number of bytes of a box that are read. Boxes without pixels have kilobytes, in an hour of film some megabytes."""
+
+SAMPLE_ENTRY_BYTES = 78
+"""Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
 
 
 def top_boxes(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
@@ -46,19 +50,29 @@ def inside(data: bytes, *names: bytes) -> Iterator[bytes]:
             yield from inside(content, *names[1:])
 
 
-def most_edits(path: str | Path) -> int:
-    """Return the largest number of pieces of its film that an edit list of a video track of an mp4 or mov file shows.
-
-    Edits that show nothing are not counted. 1 also stands for a track without an edit list.
-    """
+def moov_of(path: str | Path) -> bytes:
+    """Return the content of the box "moov" of an mp4 or mov file, which describes its tracks; empty without one."""
     with open(path, "rb") as file:
-        moov = next((file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name == b"moov"), b"")
-    films = (track for track in inside(moov, b"trak") if b"vide" in {box[8:12] for box in inside(track, b"mdia", b"hdlr")})
-    return max((pieces(box) for track in films for box in inside(track, b"edts", b"elst")), default=1)
+        return next((file.read(min(size, MAX_BOX_BYTES)) for name, size in top_boxes(file) if name == b"moov"), b"")
 
 
-def pieces(edit_list: bytes) -> int:
-    """Return the number of edits of a box "elst" that show a piece of the film; an empty edit has the media time -1."""
-    form = struct.Struct(">Qq4x" if edit_list[:1] == b"\1" else ">Ii4x")
-    count = min(int.from_bytes(edit_list[4:8]), (len(edit_list) - 8) // form.size)
-    return sum(form.unpack_from(edit_list, 8 + number * form.size)[1] >= 0 for number in range(count))
+@dataclass(frozen=True)
+class Edit:
+    """An entry of an edit list: whether it shows a piece of the film, and whether at the speed at which it was recorded."""
+
+    is_shown: bool
+    is_usual_speed: bool
+
+
+def edit_lists(path: str | Path) -> list[list[Edit]]:
+    """Return the edit list of each video track of an mp4 or mov file that has one."""
+    films = (track for track in inside(moov_of(path), b"trak") if b"vide" in {box[8:12] for box in inside(track, b"mdia", b"hdlr")})
+    return [edits(box) for track in films for box in inside(track, b"edts", b"elst")]
+
+
+def edits(box: bytes) -> list[Edit]:
+    """Return the entries of a box "elst". One that shows nothing has the media time -1, and the usual rate is 1 as 16.16."""
+    form = struct.Struct(">Qqi" if box[:1] == b"\1" else ">Iii")
+    count = min(int.from_bytes(box[4:8]), (len(box) - 8) // form.size)
+    entries = (form.unpack_from(box, 8 + number * form.size) for number in range(count))
+    return [Edit(time >= 0, rate == 1 << 16) for _, time, rate in entries]

@@ -23,7 +23,9 @@ from lumos.video.hdr import check_profile
 
 WHITE_IS_ZERO = "white is zero"
 """Key of the `info` of a picture whose levels are those of ink."""
-_PHOTOMETRIC = 262  # a tag of a TIFF
+WHITE_LEVEL = "white level"
+"""Key of the `info` of a grey picture for the level of white, where the file states it and the mode does not."""
+_BITS, _PHOTOMETRIC = 258, 262  # tags of a TIFF
 MAX_SCALED_PIXELS = 40_000_000
 """Largest number of pixels of a frame that covers its target and is not yet cropped. Only very thin pictures need more."""
 
@@ -153,6 +155,10 @@ def true_info(image: Image.Image) -> dict[str, Any]:
         info["transparency"] = clear
     if image.format == "TIFF" and image.mode not in ("1", "L", "P") and image.tag_v2.get(_PHOTOMETRIC) == 0:
         info[WHITE_IS_ZERO] = True  # Pillow turns only grey of up to 8 bits
+    if image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_BITS) == (12,):
+        info[WHITE_LEVEL] = 4095
+    if image.format == "PPM" and image.mode == "I":
+        info[WHITE_LEVEL] = 65535  # Pillow scales the levels to it
     if (profile := profile_of_picture(image)) is not None:
         info["icc_profile"] = profile
     return info
@@ -178,22 +184,31 @@ def picture_rgb(image: Image.Image, name: str | Path = "the given picture") -> n
 
     Raise UserError for levels whose range is not known, and for HDR. Its message calls the picture `name`.
     """
+    shown = picture_in_srgb(image, name)
+    if shown.mode == "RGBA":
+        white = Image.new("RGBA", shown.size, "white")
+        white.alpha_composite(shown)
+        shown = white.convert("RGB")
+    return np.array(shown)
+
+
+def picture_in_srgb(image: Image.Image, name: str | Path) -> Image.Image:
+    """Return a PIL picture of any mode in sRGB: as RGBA if parts of it may be transparent, else as RGB; for errors see above."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
-        levels = values * (255 / _top_level(values, image.mode, name))
+        white = image.info.get(WHITE_LEVEL) or _top_level(values, image.mode, name)
+        levels = np.minimum(values * (255 / white), 255)
         grey = Image.fromarray((255 - levels if image.info.get(WHITE_IS_ZERO) else levels).round().astype(np.uint8))
         grey.info = {key: image.info[key] for key in ("icc_profile",) if key in image.info}
-        rgb = np.array(_in_srgb(grey, name).convert("RGB"))
+        rgb = _in_srgb(grey, name).convert("RGB")
         clear = image.info.get("transparency")
         if isinstance(clear, int):  # the value that is transparent
-            rgb[values == clear] = 255
+            rgb.putalpha(Image.fromarray(np.where(values == clear, np.uint8(0), np.uint8(255))))
         return rgb
     image = _in_srgb(image, name)
     if image.has_transparency_data:  # of a palette too
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite((image.convert("LA") if image.mode == "La" else image).convert("RGBA"))
-        image = white
-    return np.array(image.convert("RGB"))
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return image.convert("RGB")
 
 
 def _top_level(values: np.ndarray, mode: str, name: str | Path) -> int:

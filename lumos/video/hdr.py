@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lumos.errors import UserError
-from lumos.video.boxes import MAX_BOX_BYTES, boxes, inside, top_boxes
+from lumos.video.boxes import MAX_BOX_BYTES, SAMPLE_ENTRY_BYTES, boxes, inside, top_boxes
 
 TRANSFERS = {16: "PQ", 18: "HLG"}
 """Names of transfer functions of high dynamic range (ITU-T H.273, table 3)."""
@@ -20,8 +20,6 @@ DOLBY_VISION = ("dvh1", "dvhe", "dav1")
 PQ_PROFILE = "ITUR_2100_PQ_FULL"
 MAX_PROFILE_TAGS = 200
 """Largest number of tags of an ICC profile that are read. Profiles have about ten."""
-SAMPLE_ENTRY_BYTES = 78
-"""Bytes of a VisualSampleEntry before its boxes (ISO/IEC 14496-12, 12.1.3)."""
 
 
 Codes = tuple[int, int]

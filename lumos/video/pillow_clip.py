@@ -9,16 +9,19 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from lumos.errors import UserError
+from lumos.video import apng, gif
+from lumos.video.apng import ApngFrame
 from lumos.video.av_clip import Shown, check_pixels
 from lumos.video.colour import profile_of_codes
-from lumos.video.frames import picture_rgb, true_info
-from lumos.video.gif import GifFrame, composed, parts, screen_size
+from lumos.video.frames import picture_in_srgb, picture_rgb, true_info
+from lumos.video.gif import GifFrame
 from lumos.video.hdr import check_profile, check_transfer, picture_codes, picture_transfer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
@@ -27,6 +30,7 @@ MAX_ANIMATION_PIXELS = 20_000_000_000
 """Largest number of pixels of all frames of an animated picture: about 10 000 frames of 1920 x 1080. A small file can
 have many frames, because a frame can take a few bytes."""
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+Part = TypeVar("Part", GifFrame, ApngFrame)
 _TILE_WIDTH, _TILE_LENGTH, _SUBFILE, _DNG_VERSION = 322, 323, 254, 50706  # tags of a TIFF
 _REDUCED = 1  # a bit of _SUBFILE
 
@@ -88,13 +92,6 @@ def _jpeg_sizes(data: mmap.mmap) -> Iterator[bytes | None]:
     yield None
 
 
-def first_shown(image: Image.Image) -> Image.Image:
-    """Return a picture at its first frame that is shown: an animated PNG may have a default picture that is no frame."""
-    if getattr(image, "default_image", False) and getattr(image, "n_frames", 1) > 1:
-        image.seek(1)
-    return image
-
-
 def open_picture(path: str | Path, max_pixels: int) -> Image.Image:
     """Open a picture.
 
@@ -132,6 +129,7 @@ class PillowClip:
         self.path, self.max_pixels = path, max_pixels
         with Image.open(path, formats=FORMATS) as image:
             self.is_gif = image.format == "GIF"
+            self.is_apng = image.format == "PNG" and getattr(image, "is_animated", False)
         self.rounding = 5e-3 if self.is_gif else 5e-4  # half of the unit of the durations
         self.early = self.rounding + 1e-6
 
@@ -149,7 +147,8 @@ class PillowClip:
     def frames(self, start: float) -> Iterator[Shown]:
         """Yield all frames in order; ``start`` is not used."""
         begin = pixels = 0  # begin in ms
-        with closing(self._gif_frames() if self.is_gif else self._frames()) as frames:
+        read = self._gif_frames if self.is_gif else self._apng_frames if self.is_apng else self._frames
+        with closing(read()) as frames:
             for frame, duration in frames:
                 pixels += frame.width * frame.height
                 if pixels > MAX_ANIMATION_PIXELS:
@@ -167,17 +166,29 @@ class PillowClip:
                 _check_picture(self.path, frame, self.max_pixels)
                 if image.format not in ANIMATED and number:
                     return  # the other pictures of a TIFF or of a photograph are no frames
-                if number == 0 and getattr(image, "default_image", False):
-                    continue
                 frame.load()  # the duration of a WebP frame is known after decoding
                 yield frame, frame.info.get("duration", 0) or 100  # 0 counts as 100, as in browsers
 
     def _gif_frames(self) -> Iterator[tuple[Image.Image, float]]:
-        size = screen_size(self.path)
+        size = gif.screen_size(self.path)
         check_pixels(self.path, *size, self.max_pixels)
-        yield from composed(self._small_enough(parts(self.path)), size)
+        yield from gif.composed(self._small_enough(gif.parts(self.path)), size)
 
-    def _small_enough(self, stored: Iterator[GifFrame]) -> Iterator[GifFrame]:
+    def _apng_frames(self) -> Iterator[tuple[Image.Image, float]]:
+        with open_picture(self.path, self.max_pixels) as image:
+            colours = {key: image.info[key] for key in ("icc_profile", "srgb") if key in image.info}
+            image.getexif()  # reads on to where it may stand
+            about = {key: image.info[key] for key in ("exif",) if key in image.info}
+
+        def rgba(part: Image.Image) -> Image.Image:
+            part.info |= true_info(part) | colours
+            return picture_in_srgb(part, self.path).convert("RGBA")
+
+        for screen, duration in apng.composed(self._small_enough(apng.parts(self.path)), image.size, rgba):
+            screen.info |= about
+            yield screen, duration
+
+    def _small_enough(self, stored: Iterator[Part]) -> Iterator[Part]:
         for part in stored:
             check_pixels(self.path, part.width, part.height, self.max_pixels)
             yield part

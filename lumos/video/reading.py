@@ -27,7 +27,6 @@ from lumos.video.hdr import is_heif_picture
 from lumos.video.pillow_clip import (
     FORMATS,
     PillowClip,
-    first_shown,
     is_film_of_jpegs,
     is_picture_file,
     is_still_file,
@@ -56,9 +55,9 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if not holds_picture and can_read(path):
         raise UserError(f"{path} holds a video and no picture; give it as a video, or save one of its frames as PNG or JPEG")
     with _reading(path, "picture", max_pixels), open_picture(path, max_pixels) as image:
-        if image.format == "GIF":
+        if image.format == "GIF" or (image.format == "PNG" and getattr(image, "is_animated", False)):
             return next(PillowClip(Path(path), max_pixels).frames(0.0)).rgb()
-        return picture_rgb(ImageOps.exif_transpose(first_shown(image)), path)
+        return picture_rgb(ImageOps.exif_transpose(image), path)
 
 
 def is_still(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> bool:

@@ -159,6 +159,19 @@ def test_members_of_a_tar_with_dots_have_their_own_captions(clip, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("first", ["1.txt", "1.json"])
+def test_a_text_counts_before_a_record_of_the_same_sample(clip, tmp_path, first):
+    """Records often hold the words of a page, from which the caption was made; the order in the tar is that of a program."""
+    members = {"1.mp4": clip, "1.txt": b"a cat", "1.json": b'{"caption": "cat.jpg for sale"}'}
+    assert found(tar(tmp_path / "d.tar", {first: members.pop(first), **members})) == {"1.mp4": "a cat"}
+
+
+@pytest.mark.parametrize("text", ["nan", "None", "NULL", "<NA>", " nan\n"])
+def test_what_programs_write_for_a_missing_caption_is_none(clip, tmp_path, text):
+    made = tar(tmp_path / "d.tar", {"1.mp4": clip, "1.txt": text.encode(), "2.mp4": clip, "2.txt": b"nan bread"})
+    assert found(made) == {"1.mp4": "no caption", "2.mp4": "nan bread"}
+
+
 def test_a_caption_of_one_film_is_not_that_of_another(clip, tmp_path):
     made = tar(tmp_path / "d.tar", {"clip_1.mp4": clip, "clip_1.txt": b"first", "clip_1.5s.mp4": clip})
     assert found(made) == {"clip_1.mp4": "first", "clip_1.5s.mp4": "no caption"}

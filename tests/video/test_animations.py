@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,88 @@ def test_frames_that_are_opaque_only_at_first(tmp_path, kind, options):
     first.save(tmp_path / "a", kind, save_all=True, append_images=[second, third], duration=100, **options)
     frames = read_video(tmp_path / "a")[0]
     assert [colours(frame) for frame in frames] == [[RED] * 3, [WHITE, BLUE, WHITE], [WHITE, WHITE, GREEN]]
+
+
+SOURCE, OVER = 0, 1
+HALF_BLUE = (127, 127, 255)  # on white
+OPAQUE, CLEARED, PREVIOUS = 0, 1, 2
+STORED = {0: lambda c: c[1:2], 2: lambda c: c[:3], 6: lambda c: c}  # what is stored of a colour, by the type of a PNG
+
+
+def apng(path: Path, colour_type: int, frames: list[tuple], hidden: tuple | None = None, delay: tuple = (1, 10)) -> Path:
+    """An animated PNG of 16 x 16; frames: (left, top, width, height, colour of four levels, disposal, blending)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    def pixels(width: int, height: int, colour: tuple) -> bytes:
+        return zlib.compress((b"\0" + bytes(STORED[colour_type](colour)) * width) * height)
+
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, colour_type, 0, 0, 0))
+    data += chunk(b"acTL", struct.pack(">II", len(frames), 0))
+    if hidden:
+        data += chunk(b"IDAT", pixels(16, 16, hidden))
+    number = 0
+    for n, (left, top, width, height, colour, disposal, blending) in enumerate(frames):
+        data += chunk(b"fcTL", struct.pack(">5I2H2B", number, width, height, left, top, *delay, disposal, blending))
+        is_first = n == 0 and not hidden
+        number += 1 if is_first else 2
+        stored = pixels(width, height, colour)
+        data += chunk(b"IDAT", stored) if is_first else chunk(b"fdAT", struct.pack(">I", number - 1) + stored)
+    path.write_bytes(data + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("colour_type", [0, 2, 6])
+@pytest.mark.parametrize(("disposal", "left"), [(OPAQUE, BLUE), (PREVIOUS, RED), (CLEARED, WHITE)])
+def test_what_becomes_of_a_frame_of_an_apng(tmp_path, colour_type, disposal, left):
+    """What is cleared is transparent, also in a file without opacity."""
+    red, blue, green = ((*colour, 255) for colour in (RED, BLUE, GREEN))
+    parts = [(0, 0, 16, 16, red, OPAQUE, SOURCE), (4, 4, 4, 4, blue, disposal, SOURCE), (10, 10, 4, 4, green, OPAQUE, OVER)]
+    path = apng(tmp_path / "a.png", colour_type, parts)
+    grey = {RED: (0,) * 3, BLUE: (0,) * 3, GREEN: (255,) * 3, WHITE: (255,) * 3}
+    shown = [[RED] * 3, [RED, BLUE, RED], [RED, left, GREEN]]
+    expected = shown if colour_type else [[grey[colour] for colour in frame] for frame in shown]
+    frames, rate = read_video(path)
+    assert [colours(frame) for frame in frames] == expected
+    assert (rate, count_frames(path, 10)) == (pytest.approx(10), 3)
+
+
+@pytest.mark.parametrize(
+    ("cleared", "blending", "seen"),
+    [(False, OVER, (127, 0, 128)), (False, SOURCE, HALF_BLUE), (True, OVER, HALF_BLUE), (True, SOURCE, HALF_BLUE)],
+)
+def test_half_transparent_frames_of_an_apng(tmp_path, cleared, blending, seen):
+    """On red it is mixed with red, if it does not take its place; on nothing it is mixed with the white ground."""
+    first = (0, 0, 16, 16, (*RED, 255), CLEARED if cleared else OPAQUE, SOURCE)
+    path = apng(tmp_path / "a.png", 6, [first, (4, 4, 4, 4, (*BLUE, 128), OPAQUE, blending)])
+    ground = WHITE if cleared else RED
+    assert [colours(frame) for frame in read_video(path)[0]] == [[RED] * 3, [ground, seen, ground]]
+
+
+def test_a_hidden_picture_is_not_below_the_first_frame(tmp_path):
+    path = apng(tmp_path / "a.png", 6, [(4, 4, 4, 4, (*BLUE, 255), PREVIOUS, OVER)] * 2, hidden=(*GREEN, 255))
+    assert [colours(frame) for frame in read_video(path)[0]] == [[WHITE, BLUE, WHITE]] * 2
+    assert colours(read_image(path)) == [WHITE, BLUE, WHITE]
+
+
+@pytest.mark.parametrize(("delay", "rate"), [((20, 0), 5), ((0, 10), 10), ((1, 25), 25)])
+def test_delays_of_an_apng(tmp_path, delay, rate):
+    path = apng(tmp_path / "a.png", 2, [(0, 0, 16, 16, (*RED, 255), OPAQUE, SOURCE)] * 3, delay=delay)
+    assert read_video(path)[1] == pytest.approx(rate)
+
+
+def test_an_apng_with_a_damaged_frame_is_refused(tmp_path):
+    first = (0, 0, 16, 16, (*RED, 255), OPAQUE, SOURCE)
+    path = apng(tmp_path / "a.png", 2, [first, (4, 4, 4, 4, (*BLUE, 255), OPAQUE, SOURCE)])
+    whole = bytearray(path.read_bytes())
+    whole[whole.rfind(b"fdAT") + 12] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="a chunk is damaged"):
+        read_video(path)
+    outside = apng(tmp_path / "b.png", 2, [first, (14, 4, 4, 4, (*BLUE, 255), OPAQUE, SOURCE)])
+    with pytest.raises(UserError, match="a frame lies outside of the picture"):
+        read_video(outside)
 
 
 KINDS = ["GIF", "WEBP", "PNG", *(["AVIF"] if features.check("avif") else [])]

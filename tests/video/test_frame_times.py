@@ -129,3 +129,59 @@ def test_the_rate_of_a_raw_stream_is_the_one_it_states(tmp_path, form, codec, ra
     assert numbers(frames) == list(range(12))
     assert count_frames(path, float(rate)) == 12
     assert numbers(read_video(path, fps=float(rate))[0]) == list(range(12))
+
+
+SHOWN_AT_20 = [math.floor(n * 1.5) for n in range(20)]  # of a film of 30 frames per second that is read at 20
+
+
+COUNTED = [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mxf", "mpeg2video"), ("a.y4m", "rawvideo")]
+
+
+@pytest.mark.parametrize(("name", "codec"), COUNTED)
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_clocks_that_count_frames_are_exact(tmp_path, name, codec, b_frames):
+    """A frame of an AVI was shown half a frame early, so that the same film gave other frames than as an mp4."""
+    if codec == "rawvideo" and b_frames:
+        pytest.skip("raw pictures have no B-frames")
+    path = film(tmp_path / name, 30, 30, codec, b_frames=b_frames)
+    assert numbers(read_video(path, fps=20)[0]) == SHOWN_AT_20
+    assert numbers(read_video(path, fps=20, num_frames=4, start=0.55)[0]) == [16, 18, 19, 21]
+
+
+def test_clocks_whose_ticks_are_no_frames_are_rounded(tmp_path):
+    """Times in hundredths of a second are those of 30 frames per second to within half a tick."""
+    with av.open(str(tmp_path / "film.ivf"), "w") as container:
+        stream = container.add_stream("libvpx", rate=30, options={"crf": "4", "b": "2M"})
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 100)
+        for n in range(30):
+            frame = av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = round(n * 100 / 30), Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert numbers(read_video(tmp_path / "film.ivf", fps=30)[0]) == list(range(30))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mpg", "mpeg2video"), ("a.vob", "mpeg2video"), ("a.mpg", "libx264")])
+def test_parts_of_a_program_stream_are_those_of_the_whole(tmp_path, name, codec):
+    """Not every frame has a time in it: FFmpeg guessed others behind a seek, and took 5/4 for the rate of H.264."""
+    bits = [np.repeat(np.repeat([[n >> 2 * b & 3 for b in range(4)]], 64, 0), 32, 1) for n in range(170)]  # each frame is another
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size, stream.bit_rate = 2, 15, 2_000_000
+        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+        for n, levels in enumerate(bits):
+            frame = av.VideoFrame.from_ndarray(np.repeat(np.uint8(30 + 60 * levels)[..., None], 3, 2), format="rgb24")
+            frame.pts, frame.time_base = n, Fraction(1, 30)
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+
+    def shown(**part) -> list[int]:
+        levels = np.round((read_video(tmp_path / name, **part)[0][:, 32, 16::32].mean(-1) - 30) / 60).astype(int)
+        return (levels << 2 * np.arange(4)).sum(1).tolist()
+
+    assert shown() == list(range(170))
+    for first in (31, 62, 106, 158):
+        assert shown(fps=30, num_frames=9, start=first / 30) == list(range(first, first + 9))
+    assert shown(fps=10, num_frames=5, from_end=True) == [157, 160, 163, 166, 169]
+    assert count_frames(tmp_path / name, 30) == 170

@@ -15,8 +15,8 @@ from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps
 
 from lumos.errors import UserError
-from lumos.video.av_clip import displayed
-from lumos.video.boxes import most_edits
+from lumos.video.av_picture import displayed
+from lumos.video.boxes import edit_lists
 from lumos.video.frames import as_uint8, picture_rgb
 from lumos.video.reading import can_read, count_frames, is_still, read_image, read_video
 
@@ -72,12 +72,12 @@ def test_frames_behind_an_edit_list_do_not_exist(thirty, tmp_path):
     assert numbers(read_video(trimmed, fps=30, num_frames=5, from_end=True)[0]) == [10, 11, 12, 13, 14]
 
 
-def with_edits(path: Path, to: Path, edits: list[tuple[int, int]]) -> Path:
+def with_edits(path: Path, to: Path, edits: list[tuple[int, int]], speed: float = 1) -> Path:
     """A copy of an mp4, whose boxes stand behind the film, with other edits: (duration, time in the film); -1: show nothing."""
     content = bytearray(path.read_bytes())
     at = content.find(b"elst")
     before = int.from_bytes(content[at - 4 : at])
-    box = struct.pack(">4sII", b"elst", 0, len(edits)) + b"".join(struct.pack(">IiI", *edit, 1 << 16) for edit in edits)
+    box = struct.pack(">4sII", b"elst", 0, len(edits)) + b"".join(struct.pack(">IiI", *edit, int(speed * ONE)) for edit in edits)
     content[at - 4 : at - 4 + before] = struct.pack(">I", 4 + len(box)) + box
     for name in (b"edts", b"trak", b"moov"):
         place = content.rfind(name, 0, at)
@@ -98,15 +98,52 @@ def test_several_pieces_of_a_film_with_b_frames_are_refused(tmp_path, b_frames):
     first = struct.unpack(">i", content[(at := content.find(b"elst")) + 16 : at + 20])[0]
     third = shown // 3
     one = with_edits(whole, tmp_path / "one.mp4", [(third, -1), (third, first)])
-    assert most_edits(one) == 1
+    assert [[edit.is_shown for edit in edits] for edits in edit_lists(one)] == [[False, True]]
+    assert numbers(read_video(one)[0]) == list(range(10))
     two = with_edits(whole, tmp_path / "two.mp4", [(third, first), (third, first + 2 * scale // 3)])
-    assert most_edits(two) == 2
+    assert [[edit.is_shown for edit in edits] for edits in edit_lists(two)] == [[True, True]]
     if b_frames:
         with pytest.raises(UserError, match=r"two\.mp4 shows several pieces of its film"):
             read_video(two)
     else:
         assert numbers(read_video(two)[0]) == [*range(10), *range(20, 30)]
         assert count_frames(two, 30) == 20
+
+
+def test_gaps_behind_pieces_of_a_film_are_refused(tmp_path):
+    """FFmpeg shows the film again in the gap; a gap before all pieces is no part of the film."""
+    whole = film(tmp_path / "whole.mp4", [grey(i) for i in range(30)], max_b_frames=0, gop_size=10)
+    first, behind, gap = (333, 0), (333, 10240), (500, -1)  # times of the film count in 1/15360 s
+    for edits in ([first, gap, behind], [first, gap]):
+        with pytest.raises(UserError, match="shows a gap behind a piece of its film"):
+            read_video(with_edits(whole, tmp_path / "gap.mp4", edits))
+    assert numbers(read_video(with_edits(whole, tmp_path / "late.mp4", [gap, first, behind]))[0]) == [*range(10), *range(20, 30)]
+
+
+@pytest.mark.parametrize("speed", [0, 0.5, 2])
+def test_a_film_that_plays_slower_or_faster_is_refused(thirty, tmp_path, speed):
+    """FFmpeg shows it as it was recorded."""
+    with pytest.raises(UserError, match="plays its film slower or faster than it was recorded"):
+        count_frames(with_edits(thirty, tmp_path / "other.mp4", [(1000, 1024)], speed), 30)
+
+
+@pytest.mark.parametrize("flags", ["faststart", "frag_keyframe+empty_moov+delay_moov"])
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_hidden_frames_of_a_fragmented_film_do_not_exist(tmp_path, flags, b_frames):
+    """A film that was cut without encoding it anew begins with the frames from a key frame on, which an edit list hides."""
+    with av.open(str(tmp_path / "cut.mp4"), "w", options={"movflags": flags}) as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = 96, 128, "yuv420p"
+        stream.codec_context.gop_size, stream.codec_context.max_b_frames = 30, b_frames
+        for n in range(30):
+            frame = av.VideoFrame.from_ndarray(grey(n), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = n - 10, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert count_frames(tmp_path / "cut.mp4", 30) == 20
+    assert numbers(read_video(tmp_path / "cut.mp4")[0]) == list(range(10, 30))
+    assert numbers(read_video(tmp_path / "cut.mp4", fps=30)[0]) == list(range(10, 30))
+    assert numbers(read_video(tmp_path / "cut.mp4", fps=10, num_frames=7, from_end=True)[0]) == list(range(11, 30, 3))
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.h264", "a.mp4", "a.flv", "a.mkv"])

@@ -42,6 +42,25 @@ def test_levels_of_ink_are_turned_to_levels_of_light(tmp_path, levels):
             assert found[..., 0].tolist() == expected.tolist()
 
 
+def test_white_of_twelve_bits_is_white(tmp_path):
+    """Pillow reads them into 16 bits without scaling them."""
+    path = tiff(tmp_path / "a.tif", np.frombuffer(bytes([0xFF, 0xF8, 0x00]), np.uint8)[None], BLACK_IS_ZERO)  # 4095 and 2048
+    found = bytearray(path.read_bytes())
+    for tag, value in ((256, 2), (258, 12)):
+        at = found.find(struct.pack("<HHI", tag, 4, 1)) + 8
+        found[at : at + 4] = struct.pack("<I", value)
+    path.write_bytes(found)
+    for levels in (read_image(path), read_video(path)[0][0], as_uint8(Image.open(path), ndim=3)):
+        assert levels[..., 0].tolist() == [[255, 128]]
+
+
+@pytest.mark.parametrize("white", [1023, 65535])
+def test_a_dark_picture_of_stated_depth_stays_dark(tmp_path, white):
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 %d\n" % white + struct.pack(">2H", 0, white // 256))
+    for levels in (read_image(tmp_path / "a.pgm"), as_uint8(Image.open(tmp_path / "a.pgm"), ndim=3)):
+        assert levels[..., 0].tolist() == [[0, 1]]
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_eight_bits_in_a_picture_of_32_bits_keep_their_levels(mode):
     assert as_uint8(Image.fromarray(LEVELS).convert(mode), ndim=3)[..., 0].tolist() == LEVELS.tolist()

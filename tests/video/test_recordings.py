@@ -152,6 +152,20 @@ def test_films_without_a_matrix_are_read_as_players_show_them(tmp_path, height, 
     assert np.abs(found.astype(int) - [200, 60, 30]).max() <= 3
 
 
+@pytest.mark.parametrize(("stated", "shown"), [(1, [0, 128, 255]), (2, [16, 126, 235])])
+def test_grey_films_have_the_range_that_they_state(tmp_path, stated, shown):
+    """FFmpeg's scaler takes the levels of grey for full, so that black and white of HEVC without colours came out as greys."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx265", rate=8, options={"crf": "2", "x265-params": "log-level=error"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "gray"
+        stream.codec_context.color_range = stated
+        frame = av.VideoFrame.from_ndarray(np.repeat(np.repeat(np.uint8([[16, 126, 235]]), 64, 0), 32, 1), format="gray")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    found = read_video(tmp_path / "a.mp4")[0][0, 32, 16::32]
+    assert np.abs(found.astype(int) - np.array(shown)[:, None]).max() <= 2
+
+
 def test_an_open_file_is_read_from_several_places(tmp_path):
     """Two attempts to seek are closed before the file is read from its begin."""
     clip = AvClip(film(tmp_path / "a.mkv", 200, gop=300), 10**6, 1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from lumos.video.av_clip import displayed
+from lumos.video.av_picture import displayed
 from lumos.video.colour import ADOBE_RGB, D65, PRIMARIES, SRGB, matrix_profile
 from lumos.video.frames import as_uint8, picture_rgb
 from lumos.video.reading import read_image, read_video

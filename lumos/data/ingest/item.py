@@ -41,6 +41,9 @@ OUT_OF_MEMORY = "out of memory"
 MAX_CAPTION_LENGTH = 10_000
 """Largest number of characters of a caption. Long captions by people or models have about a tenth of it."""
 
+WRITTEN_FOR_NOTHING = ("nan", "NaN", "None", "none", "null", "NULL", "<NA>", "N/A", "#N/A", "undefined")
+"""What programs write for a caption that is missing, as pandas and Python do where a table is made text."""
+
 _ODD = r"[\ud800-\udfff]"
 _ODD_IN_ROW = rf"{_ODD}|\Ar(?=ow [0-9]+\Z)|@(?=[0-9.e+-]+\Z)|\((?=again [0-9]+\)\Z)"
 
@@ -143,6 +146,8 @@ def problem_of_caption(caption: str) -> tuple[str, str] | None:
         return BAD_CAPTION, f"the caption {wrong}"
     if is_blank(caption):
         return NO_CAPTION, "no caption in the source, beside the file or in --captions"
+    if caption in WRITTEN_FOR_NOTHING:
+        return NO_CAPTION, f"the caption is {caption!r}, which programs write where there is none"
     if len(caption) > MAX_CAPTION_LENGTH:
         return LONG_CAPTION, f"the caption has {len(caption):,} characters; at most {MAX_CAPTION_LENGTH:,} are allowed"
     return None

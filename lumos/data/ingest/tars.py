@@ -122,9 +122,12 @@ def _sample_items(tar: Path, name: str, archive: tarfile.TarFile, members: list[
 
 
 def _caption(archive: tarfile.TarFile, members: list[tarfile.TarInfo]) -> tuple[str, tuple[str, str] | None]:
-    """Return (caption, None) with the first caption that can be read, or ("", problem); problem None: no caption."""
+    """Return (caption, None) with the first caption that can be read, or ("", problem); problem None: no caption.
+
+    A .txt comes before a .json, wherever they stand in the tar: a record often holds the words from which a caption was made.
+    """
     problem, found = None, {}
-    for member in members:
+    for member in sorted(members, key=lambda member: TEXTS.index(_suffix(member))):
         kind = _suffix(member)
         if not member.isfile():
             problem = BAD_CAPTION, f"{member.name} is not a file in the tar"
