@@ -67,6 +67,8 @@ class VideoTask(TrainingTask):
     caption_was_cut = False
     per_frame_codes: bool = False
     """Whether clips of shards have the codes of single frames instead of those of the clip."""
+    refused_untrained: ClassVar[Collection[str]]
+    """The patterns of given frames that a model refuses unless it was trained on them."""
     needs_last_frame: bool = False
     """Whether clips have their last frame as a separate picture as well."""
 
@@ -195,6 +197,18 @@ class VideoTask(TrainingTask):
         kind, folder = type(self.settings).sampling, next(iter(self.base_folders), None)
         usual = kind() if folder is None else read_defaults(Path(folder), kind)[0]
         return usual.changed(**self.settings.generation)
+
+    def warn_of_lost_patterns(self) -> None:
+        """Warn of patterns that the model of `model.from` takes, and that the trained model will refuse."""
+        folder = self.settings.model.from_
+        if folder is None or self.settings.lora.rank is not None:  # an adapter leaves the config of its model as it is
+            return
+        now, before = self.config.patterns, self.read_config(Path(folder)).patterns
+        if lost := [name for name in before if name in self.refused_untrained and name not in now]:
+            warnings.warn(
+                f"the new model will refuse clips of the patterns {', '.join(lost)}, which {folder} takes: this run trains on "
+                f"{', '.join(now)} only; to keep them, give them a share in patterns"
+            )
 
     def export_metadata(self) -> dict[str, Any]:
         """Return the values that `export_checkpoint` needs beside the weights, as JSON. Call after `build_model`."""

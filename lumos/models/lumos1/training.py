@@ -74,6 +74,7 @@ class ArdfTask(VideoTask):
 
     causal = True
     score_groups = scoring.GROUPS
+    refused_untrained = ("ends",)
     model_class, config_class, not_of_weights = LumosForVideoGeneration, LumosConfig, NOT_OF_WEIGHTS
     read_config = staticmethod(read_config)
 
@@ -119,6 +120,7 @@ class ArdfTask(VideoTask):
         folder, overrides = self.settings.model.from_, self.settings.model.overrides
         config = copy.deepcopy(self.config)
         config.attention = self.attention
+        self.warn_of_lost_patterns()
         if folder is not None:
             try:
                 model = LumosForVideoGeneration.from_pretrained(folder, config=config, dtype=torch.float32)

@@ -79,6 +79,7 @@ class StivTask(VideoTask):
     settings: StivTrainingSettings
     score_groups = scoring.GROUPS
     model_class, config_class, not_of_weights = StivForVideoGeneration, StivConfig, NOT_OF_WEIGHTS
+    refused_untrained = PATTERNS
     read_config = staticmethod(read_config)
 
     def __init__(self, settings: StivTrainingSettings, device: torch.device):
@@ -145,6 +146,7 @@ class StivTask(VideoTask):
         is on the CPU, or on the device of the training with training.compile.
         """
         settings, config = self.settings, self.config
+        self.warn_of_lost_patterns()
         torch.manual_seed(settings.training.seed)
         if settings.init.image is not None:
             model, self.origin = initialized(config, settings.init.image, settings.init.temporal)

@@ -311,6 +311,9 @@ def test_three_stages_each_begin_with_the_one_before(make, tmp_path):
     train(third)
     clip = VideoPipeline.from_pretrained(tmp_path / "stiv/export", device="cpu")("a red circle", seed=1, num_inference_steps=2)
     assert clip.frames.shape == (1, 5, 32, 32, 3)
+    less = make("less", model={"from": str(tmp_path / "stiv/export")}, patterns={"first": 1}, latents={}, tokenizer={}, data=larger)
+    with pytest.warns(UserWarning, match="will refuse clips of the patterns ends, .*: this run trains on first, none only"):
+        StivTask(less, CPU).build_model()
 
 
 @pytest.mark.slow
