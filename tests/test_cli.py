@@ -441,9 +441,11 @@ def test_text_tokenizer_is_trained_from_a_file(capsys, in_empty_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_a_signal_in_the_middle_leaves_no_file(micro_folder, repo, in_empty_folder, forks, number, code):
+    bars = "import runpy, sys, lumos.progress as bars; bars.SECONDS_BETWEEN_LINES = 0; "
+    program = bars + "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     process = forks.start(
-        [repo / "generate.py", "--model", micro_folder, "--prompt", "x", "--num-frames", 257, "--num-inference-steps", 1000,
-         "--output", "out.mp4"],
+        ["-c", program, repo / "generate.py", "--model", micro_folder, "--prompt", "x", "--num-frames", 257,
+         "--num-inference-steps", 1000, "--output", "out.mp4"],
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while "part " not in process.stderr and time.monotonic() < deadline and process.poll() is None:
