@@ -197,7 +197,8 @@ def test_memory_of_a_step_is_measured_in_a_process_of_its_own(forks, monkeypatch
         command[1:], input=input, env=env)))  # fmt: skip
     found = training.memory_of("tiny", MEASURE)
     assert list(found) == list(training.COMPARED)
-    assert found["attention"] < found["products"] < found["kept"] < found["plain"]
+    assert max(found["attention"], found["products"]) < 0.9 * found["kept"]  # these two differ by little more than repetitions do
+    assert found["kept"] < 0.9 * found["plain"]
     assert found["plain"] > 2**29
 
 
