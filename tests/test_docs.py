@@ -22,10 +22,9 @@ from lumos.models.stiv.training_settings import StivTrainingSettings
 from lumos.registry import Generator
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-CARD, MINI_CARD, STIV_CARD = (f"checkpoints/{name}/README.md" for name in ("lumos-tiny", "lumos-mini", "stiv-tiny"))
-OUTSIDE = [
-    ROOT / path for path in ("README.md", CARD, MINI_CARD, STIV_CARD, "integrations/comfyui/README.md", "tests/golden/README.md")
-]
+CARDS = [f"checkpoints/{name}/README.md" for name in ("lumos-tiny", "lumos-mini", "stiv-tiny", "tokenizer-pictures")]
+CARD = CARDS[0]
+OUTSIDE = [ROOT / path for path in ("README.md", *CARDS, "integrations/comfyui/README.md", "tests/golden/README.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -80,7 +79,7 @@ def test_every_result_is_shown_on_a_page():
 def test_the_site_has_every_page_in_its_menu():
     menu = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
     listed = set(re.findall(r"(\S+\.md)$", menu, re.MULTILINE))
-    generated = {"model-card.md", "model-card-mini.md", "model-card-stiv.md", "comfyui.md"}
+    generated = {"model-card.md", "model-card-mini.md", "model-card-stiv.md", "model-card-pictures.md", "comfyui.md"}
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES} | generated
 
 

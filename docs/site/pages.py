@@ -19,6 +19,8 @@ OUTSIDE = {
     "checkpoints/lumos-mini/trained_on.json": "trained-on-mini.json",
     "checkpoints/stiv-tiny/README.md": "model-card-stiv.md",
     "checkpoints/stiv-tiny/trained_on.json": "trained-on-stiv.json",
+    "checkpoints/tokenizer-pictures/README.md": "model-card-pictures.md",
+    "checkpoints/tokenizer-pictures/training.json": "training-pictures.json",
     "integrations/comfyui/README.md": "comfyui.md",
 }
 LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
