@@ -175,5 +175,10 @@ def generator_of(folder: str | Path) -> Generator:
     for candidate in known:
         if model_type in candidate.model_types:
             return candidate
+    if "model_type" not in config and "spatial_compression" in config:
+        raise UserError(
+            f"{folder} is a video tokenizer, not a model; give the folder of a model, or measure the tokenizer with "
+            f"`lumos evaluate tokenizer --tokenizer {folder}`"
+        )
     types = ", ".join(f"{model_type} ({entry.name})" for entry in known for model_type in entry.model_types)
     raise UserError(f"{path} has model_type {shown(model_type)}, which no generator here has; known: {types}")

@@ -135,6 +135,16 @@ def test_unknown_generators_and_model_types_list_the_known(tmp_path):
     assert len(known) == sum(len(generator.model_types) for generator in registry.generators().values())
 
 
+@pytest.mark.parametrize("name", ["tokenizer-pictures", "lumos-tiny/video_tokenizer"])
+def test_a_tokenizer_named_as_a_model_is_called_so(name, capsys):
+    folder = str(Path(__file__).parents[1] / "checkpoints" / name)
+    with pytest.raises(UserError, match=r"is a video tokenizer, not a model; .*evaluate tokenizer --tokenizer"):
+        registry.generator_of(folder)
+    for command in (["info", folder], ["info", folder, "--write-trained-on"]):
+        assert main(command) == 2
+        assert "is a video tokenizer, not a model" in capsys.readouterr().err
+
+
 def test_public_names_and_recipes_follow_the_registry():
     assert {"ToyConfig", "ToyModel", "ToyPipeline", "VideoPipeline", "LumosConfig", "StivPipeline"} <= set(lumos.__all__)
     assert lumos.ToyPipeline is ToyPipeline

@@ -27,12 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from lumos import registry
     from lumos.data.trained_on import read_trained_on, write_trained_on
     from lumos.pipeline.defaults import shipped_model
     from lumos.pipeline.hub import local_folder
 
     folder = Path(shipped_model()) if args.model is None else local_folder(args.model)
     if args.write_trained_on:
+        registry.generator_of(folder)
         write_trained_on(folder, trained_on_scenes(folder))
     found = facts(folder)
     trained_on = read_trained_on(folder)

@@ -64,6 +64,7 @@ def photographs(held_out: bool = False, sources: Sequence[str] = ()) -> list[Pat
         if not path.exists():
             raise UserError(f"photographs {shown(source)} do not exist: give a picture file or a folder of them")
         files = _media_of(path).pictures if path.is_dir() else [path]
+        _note_left_out([file for file in files if file.name in _TEST_NAMES])
         found += [file for file in files if file.name not in _TEST_NAMES]
     return found
 
@@ -78,13 +79,29 @@ def films(sources: Sequence[str], held_out: bool = False) -> list[Path]:
         path = Path(source)
         if source == PACKAGE_FILMS:
             found += _package_films()
-        elif path.is_dir():
-            found += _media_of(path).films
-        elif path.is_file():
-            found.append(path)
-        else:
+            continue
+        if not path.is_dir() and not path.is_file():
             raise UserError(f"film {shown(source)} does not exist: give a video file, a folder of them, or {PACKAGE_FILMS!r}")
-    return [path for path in found if path.name.startswith(HELD_OUT_FILM) == held_out]
+        files = _media_of(path).films if path.is_dir() else [path]
+        if not held_out:
+            _note_left_out([file for file in files if _is_test_film(file)])
+        found += files
+    return [path for path in found if _is_test_film(path) == held_out]
+
+
+def _is_test_film(path: Path) -> bool:
+    return path.name.startswith(HELD_OUT_FILM)
+
+
+def _note_left_out(files: Sequence[Path]) -> None:
+    """Say which of the user's files have the name of a test photograph or film."""
+    if files:
+        LOGGER.warning(
+            printable(
+                f"note: {len(files)} files with names of test material are left out of training; the first: {files[0]}. "
+                "Rename files that are other photographs or films"
+            )
+        )
 
 
 def _media_of(folder: Path) -> Media:
@@ -171,10 +188,13 @@ class TrainingClips:
     def _read_real(self, film_sources: Sequence[str], photograph_sources: Sequence[str]) -> None:
         paths = photographs(sources=photograph_sources)
         self.photographs = [_read_photograph(path, self.photograph_side) for path in paths]
-        film_paths = films(film_sources)
-        read = (read_film(path, self.film_side) for path in film_paths)
-        self.films = [film for film in read if len(film) >= self.num_frames]
-        self.real_names = sorted(path.name for path in (*paths, *film_paths))
+        names = [path.name for path in paths]
+        for path in films(film_sources):
+            film = read_film(path, self.film_side)
+            if len(film) >= self.num_frames:
+                self.films.append(film)
+                names.append(path.name)
+        self.real_names = sorted(names)
         if not self.photographs and not self.films and self.share_textures < 1:
             raise UserError(
                 "no photographs or films found: install scikit-image, name films, or set share_worlds=1 or share_textures=1"

@@ -17,7 +17,15 @@ from small_training import MODEL, losses_of, small, stopped_after
 from lumos.data.synthetic.sampling import SyntheticScenes
 from lumos.errors import RunError, UserError
 from lumos.training.loop import Run
-from lumos.training.tokenizer.clips import TrainingClips, films, held_out_photographs, held_out_worlds, photographs, to_video
+from lumos.training.tokenizer.clips import (
+    PACKAGE_FILMS,
+    TrainingClips,
+    films,
+    held_out_photographs,
+    held_out_worlds,
+    photographs,
+    to_video,
+)
 from lumos.training.tokenizer.task import foreground_weight, train
 from lumos.video.io import write_video
 
@@ -136,6 +144,21 @@ def test_test_material_is_never_trained_on(tmp_path):
         films(["nowhere.mp4"])
 
 
+def test_own_files_with_names_of_test_files_are_said(tmp_path, caplog):
+    Image.new("RGB", (32, 32)).save(tmp_path / "coffee.png")
+    write_video(tmp_path / "carphone.mp4", np.zeros((6, 48, 64, 3), np.uint8), fps=8)
+    with caplog.at_level("WARNING", "lumos"):
+        assert not {"coffee.png", "carphone.mp4"} & {path.name for path in photographs(sources=[str(tmp_path)])}
+        assert films([str(tmp_path)]) == []
+    said = [record.getMessage() for record in caplog.records]
+    assert [name for name in ("coffee.png", "carphone.mp4") if any(f"the first: {tmp_path / name}." in text for text in said)] == [
+        "coffee.png", "carphone.mp4",
+    ]  # fmt: skip
+    caplog.clear()
+    films([PACKAGE_FILMS])
+    assert not caplog.records, "the films of the package are left out as planned"
+
+
 def test_held_out_photographs_fill_the_size():
     pictures = held_out_photographs(16, 24)
     assert pictures.shape == (3, 3, 1, 16, 24)
@@ -144,7 +167,9 @@ def test_held_out_photographs_fill_the_size():
 
 def test_films_shorter_than_a_clip_are_left_out(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "one.gif")
-    assert clips_of(film_sources=[str(tmp_path)]).films == []
+    clips = clips_of(film_sources=[str(tmp_path)])
+    assert clips.films == []
+    assert "one.gif" not in clips.real_names
 
 
 @pytest.mark.slow
